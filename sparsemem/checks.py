@@ -1,0 +1,30 @@
+"""Checks of arguments: each error names the argument, its value and what was expected."""
+
+from torch import Tensor
+
+
+def check_size(name: str, value: int, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, expected at least {minimum}")
+    return value
+
+
+def check_at_most(name: str, value: int, limit_name: str, limit: int) -> int:
+    """Return `value` if it does not exceed `limit`, another argument's value."""
+    if value > limit:
+        raise ValueError(f"{name} is {value}, expected at most {limit_name} = {limit}")
+    return value
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinite values, naming the first."""
+    # The sum is finite unless an element is not (or it overflowed: then look closer).
+    if tensor.sum().isfinite():
+        return
+    bad = (~tensor.isfinite()).nonzero()
+    if len(bad):
+        where = tuple(bad[0].tolist())
+        raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, expected finite values")

@@ -1,0 +1,113 @@
+"""The contracts of cells and models, and the loop over time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparsemem.checks import check_finite, check_size
+
+
+class Access(NamedTuple):
+    """What one step read and wrote: slot ids and weights, S entries a head."""
+
+    read_ids: Int[Tensor, "B H S"]
+    read_weights: Float[Tensor, "B H S"]
+    write_ids: Int[Tensor, "B G U"]
+    write_weights: Float[Tensor, "B G U"]
+
+
+class State(Protocol):
+    """What a cell carries from step to step: a NamedTuple with these members."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def touched(self) -> Int[Tensor, "B"]: ...
+    @property
+    def access(self) -> Access | None: ...
+    def detach(self) -> State: ...
+    def clone(self) -> State: ...
+    def to(self, *args: Any, **kwargs: Any) -> State: ...
+
+
+class Cell(nn.Module):
+    """One step of a memory network: controller, interface, write, read.
+
+    Subclasses set the three sizes and implement `initial_state` and `forward`.
+    """
+
+    input_size: int
+    hidden_size: int
+    feature_size: int
+
+    def initial_state(self, batch_size: int) -> Any:
+        """State before the first step, on the device and dtype of the parameters."""
+        raise NotImplementedError
+
+    def check_state(self, state: Any, batch_size: int) -> None:
+        """Refuse a state of another model or batch size before anything changes."""
+        expected = type(self.initial_state(1))
+        if not isinstance(state, expected):
+            raise TypeError(
+                f"state is a {type(state).__name__}, {type(self).__name__} expects {expected.__name__}"
+            )
+        if state.batch_size != batch_size:
+            raise ValueError(
+                f"state has batch size {state.batch_size}, input has batch size {batch_size}"
+            )
+
+    def forward(self, input: Float[Tensor, "B X"], state: Any) -> tuple[Float[Tensor, "B F"], Any]:
+        """One step: (features, next state)."""
+        raise NotImplementedError
+
+
+class MemoryModel(nn.Module):
+    """A cell looped over time, and one output layer over its features."""
+
+    def __init__(self, cell: Cell, output_size: int) -> None:
+        super().__init__()
+        self.cell = cell
+        self.output_size = check_size("output_size", output_size)
+        self.output = nn.Linear(cell.feature_size, output_size)
+
+    @property
+    def input_size(self) -> int:
+        """Width of one input step."""
+        return self.cell.input_size
+
+    def initial_state(self, batch_size: int) -> Any:
+        """State before the first step of `batch_size` sequences."""
+        return self.cell.initial_state(check_size("batch_size", batch_size))
+
+    def forward(
+        self, input: Float[Tensor, "B T X"], state: Any = None
+    ) -> tuple[Float[Tensor, "B T Y"], Any]:
+        """Run T steps: (output, state after the last step). The batch comes first."""
+        self._check_input(input)
+        if state is None:
+            state = self.initial_state(input.shape[0])
+        else:
+            self.cell.check_state(state, input.shape[0])
+        features = []
+        for step in input.unbind(1):
+            feature, state = self.cell(step, state)
+            features.append(feature)
+        return self.output(torch.stack(features, 1)), state
+
+    def _check_input(self, input: Tensor) -> None:
+        if input.ndim != 3 or input.shape[2] != self.input_size or 0 in input.shape:
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}, expected [batch, steps, {self.input_size}]"
+                " with at least one sequence and one step"
+            )
+        weight = self.output.weight
+        if input.dtype != weight.dtype or input.device != weight.device:
+            raise TypeError(
+                f"input is {input.dtype} on {input.device}, the model's parameters are"
+                f" {weight.dtype} on {weight.device}"
+            )
+        check_finite("input", input)

@@ -1,0 +1,43 @@
+"""Controllers: the small network that drives a memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ControllerState = Any  # a tensor or a nested tuple of tensors, batch first
+ControllerFactory = Callable[[int, int], nn.Module]
+
+
+class LSTMController(nn.Module):
+    """One LSTM layer; hidden and cell state start at zero."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(input_size, hidden_size)
+
+    def forward(
+        self, input: Float[Tensor, "B I"], state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "B hidden"], tuple[Tensor, Tensor]]:
+        """Advance one step; returns (hidden, (hidden, cell))."""
+        hidden, memory = self.cell(input, state)
+        return hidden, (hidden, memory)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply `function` to every tensor of a nested tuple, keeping its structure."""
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return function(tree)
+    parts = (map_tensors(function, part) for part in tree)
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
+def batch_size_of(tree: Any) -> int:
+    """Batch size of a nested tuple of tensors (their first dimension)."""
+    while not isinstance(tree, torch.Tensor):
+        tree = tree[0]
+    return int(tree.shape[0])
