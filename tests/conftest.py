@@ -1,11 +1,21 @@
 """Shapes in public signatures are executed: every sparsemem function is type-checked in tests."""
 
+import os
+from pathlib import Path
+
+import hypothesis
 import jaxtyping
 import pytest
 
 _hook = jaxtyping.install_import_hook("sparsemem", "beartype.beartype")
 
 import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Times vary too much on shared machines for a deadline on single examples.
+hypothesis.settings.register_profile("sparsemem", deadline=None)
+hypothesis.settings.load_profile("sparsemem")
 
 
 @pytest.fixture
@@ -20,3 +30,22 @@ def plain_errors():
 def _deterministic_start():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root folder of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real data sets: SPARSEMEM_DATA, or ../shared/data beside the repository."""
+    named = os.environ.get("SPARSEMEM_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if named and not folder.is_dir():
+        # A wrong name must not look like a machine without the data.
+        pytest.fail(f"SPARSEMEM_DATA is {named!r}, expected an existing folder")
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data sets: SPARSEMEM_DATA is not set, {folder} does not exist")
+    return folder
