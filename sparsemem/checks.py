@@ -1,5 +1,8 @@
 """Checks of arguments: each error names the argument, its value and what was expected."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from torch import Tensor
 
 
@@ -28,3 +31,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if len(bad):
         where = tuple(bad[0].tolist())
         raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, expected finite values")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, then all of them."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"
