@@ -9,8 +9,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
+
+from sparsemem.models.controller import LSTMController
 
 FOLDERS = {  # in the repository -> in the package
     "sparsemem": "sparsemem",
@@ -211,3 +214,9 @@ def test_the_readme_example_runs(repository):
     assert names["output"].shape == (16, 10, 8)
     assert all(p.grad is not None for p in names["model"].parameters())
     assert torch.isfinite(names["loss"])
+
+
+def test_annotations_are_executed():
+    # If the import hook of conftest.py missed the library, every shape would pass unseen.
+    with pytest.raises(jaxtyping.TypeCheckError, match="input"):
+        LSTMController(2, 3)(torch.zeros(2))
