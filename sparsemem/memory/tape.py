@@ -1,0 +1,159 @@
+"""The backward pass over a memory that is changed in place.
+
+Rows are not part of the autograd graph. A token tensor handed from operation to operation
+forces the order of the backward pass, and one gradient buffer over the touched rows runs
+backward beside it: a read adds into it, a write takes its rows' gradients out of it, and at
+an erased row the gradient stops (Rae et al. 2016, section 3.4; the rows that were read are
+saved where the paper undoes its writes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsemem.memory.episode import EpisodeStore
+
+
+class Tape:
+    """The operations recorded between two detaches, and their gradient buffer."""
+
+    def __init__(self, store: EpisodeStore) -> None:
+        self.store = store
+        self.length = 0
+        self._position: int | None = None  # the last operation whose backward has run
+        self._buffer: Tensor | None = None  # [B, capacity, W]
+        self._dirty: list[Tensor] = []  # ids [B, n] whose rows of the buffer were added to
+        self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}  # from forks, by operation
+
+    def record(self) -> int:
+        """Number of the next operation."""
+        self.length += 1
+        return self.length - 1
+
+    def enter(self, operation: int) -> Tensor:
+        """The gradient with respect to the rows after `operation`, at the start of its backward."""
+        if self._position is not None and operation >= self._position:
+            raise RuntimeError(
+                "a second backward pass through the same steps of a memory: add the losses and"
+                " call backward once, fork with state.clone(), or cut with state.detach()"
+            )
+        self._position = operation
+        if self._buffer is None:
+            self._buffer = self.store.take_buffer()
+        for ids, gradient in self._pending.pop(operation, []):
+            self.add(ids, gradient)
+        return self._buffer
+
+    def add(self, ids: Tensor, gradient: Tensor) -> None:
+        """Add gradient [B, n, W] to rows ids [B, n] (with repetitions)."""
+        assert self._buffer is not None
+        flat = flatten_ids(ids, self._buffer.shape[1])
+        self._buffer.view(-1, gradient.shape[-1]).index_add_(0, flat, gradient.flatten(0, 1))
+        self._dirty.append(ids)
+
+    def add_later(self, operation: int, ids: Tensor, gradient: Tensor) -> None:
+        """Add to the gradient with respect to the rows after `operation`, before it is entered."""
+        if operation >= 0:
+            self._pending.setdefault(operation, []).append((ids, gradient))
+
+    def leave(self, operation: int) -> None:
+        """After the first operation's backward: clear what was touched, give the buffer back."""
+        if operation > 0 or self._buffer is None:
+            return
+        width = self._buffer.shape[-1]
+        for ids in self._dirty:
+            flat = flatten_ids(ids, self._buffer.shape[1])
+            self._buffer.view(-1, width).index_fill_(0, flat, 0)
+        self.store.give_buffer(self._buffer)
+        self._buffer, self._dirty = None, []
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether anything was added to the buffer."""
+        return bool(self._dirty)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Rows with a gradient: ids [B, n], values [B, n, W] (zero where an id repeats)."""
+        assert self._buffer is not None and self._dirty
+        ids = torch.cat(self._dirty, 1).sort(1).values
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+        picked = take_rows(self._buffer, ids).masked_fill(repeated.unsqueeze(-1), 0)
+        return ids, picked
+
+
+def flatten_ids(ids: Tensor, capacity: int) -> Tensor:
+    """Positions in a flattened [B * capacity] table of ids [B, ...]."""
+    offset = torch.arange(0, len(ids) * capacity, capacity, device=ids.device)
+    return (ids.flatten(1) + offset.unsqueeze(1)).flatten()
+
+
+def take_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows ids [B, ...] of a table [B, capacity, W]: [B, ..., W]."""
+    flat = flatten_ids(ids, table.shape[1])
+    return table.view(-1, table.shape[-1]).index_select(0, flat).view(*ids.shape, -1)
+
+
+class ReadRows(torch.autograd.Function):
+    """rows = M[ids]; backward: the buffer's rows gain the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, ids: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        ctx.tape, ctx.operation = tape, tape.record()
+        ctx.save_for_backward(ids)
+        return take_rows(tape.store.rows, ids), token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, rows_gradient: Tensor, token_gradient: Tensor) -> Any:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        ctx.tape.enter(ctx.operation)
+        ctx.tape.add(ids.flatten(1), rows_gradient.flatten(1, -2))
+        ctx.tape.leave(ctx.operation)
+        return torch.zeros_like(token_gradient), None, None
+
+
+class WriteRows(torch.autograd.Function):
+    """M[erase] = 0, then M += sum_h weights_h words_h^T at ids_h (Rae et al. 2016, eq. 3 and 5)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, weights: Tensor, words: Tensor, ids: Tensor, erase: Tensor, tape: Tape
+    ) -> Tensor:
+        ctx.tape, ctx.operation = tape, tape.record()
+        ctx.save_for_backward(weights, words, ids, erase)
+        tape.store.write(ids, weights, words, erase)
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, token_gradient: Tensor) -> Any:  # type: ignore[override]
+        weights, words, ids, erase = ctx.saved_tensors
+        buffer = ctx.tape.enter(ctx.operation)
+        gradient = take_rows(buffer, ids)
+        weights_gradient = (gradient * words.unsqueeze(2)).sum(-1)
+        words_gradient = (gradient * weights.unsqueeze(-1)).sum(2)
+        flat = flatten_ids(erase, buffer.shape[1])
+        buffer.view(-1, buffer.shape[-1]).index_fill_(0, flat, 0)
+        ctx.tape.leave(ctx.operation)
+        return torch.zeros_like(token_gradient), weights_gradient, words_gradient, None, None, None
+
+
+class Fork(torch.autograd.Function):
+    """First operation of a forked episode: hands what is left of its gradient to its parent."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, tape: Tape, parent: Tape, operation: int) -> Tensor:
+        ctx.tape, ctx.operation = tape, tape.record()
+        ctx.parent, ctx.parent_operation = parent, operation
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, token_gradient: Tensor) -> Any:  # type: ignore[override]
+        ctx.tape.enter(ctx.operation)
+        if ctx.tape.has_gradients:
+            ctx.parent.add_later(ctx.parent_operation, *ctx.tape.gradients())
+        ctx.tape.leave(ctx.operation)
+        return torch.zeros_like(token_gradient), None, None, None

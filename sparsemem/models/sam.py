@@ -1,0 +1,249 @@
+"""SAM: sparse access memory (Rae et al. 2016, arXiv 1610.09027)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from sparsemem.checks import check_at_most, check_size
+from sparsemem.memory.cosine import cosine
+from sparsemem.memory.entries import Entries, joined
+from sparsemem.memory.episode import Episode
+from sparsemem.models.base import Access, Cell, MemoryModel
+from sparsemem.models.controller import (
+    ControllerFactory,
+    ControllerState,
+    LSTMController,
+    map_tensors,
+)
+
+INDEX_AFTER = 16_384  # touched rows; below, an exact scan is faster than the index
+
+# Where the gates start (docs/architecture.md): write to fresh slots, read sharply.
+STRENGTH_BIAS = 8.0
+INTERPOLATION_BIAS = -4.0
+
+
+class SAMState(NamedTuple):
+    """State of a SAM cell: controller, last reads, last writes and the memory."""
+
+    controller: ControllerState
+    reads: Float[Tensor, "B HW"]
+    read: Entries  # [B, H, S]
+    write: Entries  # [B, H, U]
+    episode: Episode
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return self.episode.batch_size
+
+    @property
+    def touched(self) -> Int[Tensor, "B"]:
+        """Slots touched so far."""
+        return self.episode.touched
+
+    @property
+    def access(self) -> Access:
+        """What the last step read and wrote."""
+        return access_of(self)
+
+    def detach(self) -> SAMState:
+        """The same state, cut from what came before: truncated BPTT."""
+        return SAMState(*(map_tensors(Tensor.detach, part) for part in self[:-1]), self[-1].detach())
+
+    def clone(self) -> SAMState:
+        """A fork: both can be advanced, and both give gradients to what came before."""
+        return SAMState(*(map_tensors(Tensor.clone, part) for part in self[:-1]), self[-1].clone())
+
+    def to(self, *args: Any, **kwargs: Any) -> SAMState:
+        """A detached copy on another device or of another floating dtype (as `Module.to`)."""
+        return SAMState(*(move(part, *args, **kwargs) for part in self[:-1]), self[-1].to(*args, **kwargs))
+
+
+def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
+    """A detached copy of a nested tuple of tensors; only floating ones change their dtype."""
+    reference = torch.empty(0).to(*args, **kwargs)
+
+    def one(tensor: Tensor) -> Tensor:
+        dtype = reference.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(reference.device, dtype, copy=True)
+
+    return map_tensors(one, tree)
+
+
+def access_of(state: Any) -> Access:
+    """The `Access` record of a sparse state."""
+    return Access(*state.read.detach(), *state.write.detach())
+
+
+class HeadInterface(NamedTuple):
+    """What the controller asks of the memory at one step."""
+
+    query: Float[Tensor, "B H W"]
+    word: Float[Tensor, "B H W"]
+    strength: Float[Tensor, "B H"]
+    write_gate: Float[Tensor, "B H"]
+    interpolation: Float[Tensor, "B H"]
+    modes: Float[Tensor, "B H P"]  # pi of SDNC; empty for SAM
+
+
+def oneplus(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """1 + log(1 + e^x), at least 1."""
+    return 1 + softplus(x)
+
+
+def write_entries(
+    interface: HeadInterface, read: Entries, fresh: Int[Tensor, "B H"]
+) -> Entries:
+    """alpha (gamma wR_{t-1} + (1 - gamma) I): over last step's reads, then one fresh slot (eq. 5)."""
+    gamma = interface.interpolation.unsqueeze(-1)
+    weights = torch.cat([gamma * read.weights, 1 - gamma], -1)
+    ids = torch.cat([read.ids, fresh.unsqueeze(-1)], -1)
+    return Entries(ids, interface.write_gate.unsqueeze(-1) * weights)
+
+
+def content_weights(
+    query: Float[Tensor, "B H W"], strength: Float[Tensor, "B H"], rows: Float[Tensor, "B H K W"]
+) -> Float[Tensor, "B H K"]:
+    """softmax over the K rows of beta cos(q, row) (eq. 4)."""
+    return (strength.unsqueeze(-1) * cosine(query, rows)).softmax(-1)
+
+
+class SAMCell(Cell):
+    """One step of SAM: H heads, each writes one word and reads K rows.
+
+    Args:
+        input_size, hidden_size: widths of the input and of the controller's output.
+        num_slots: N, any size: nothing of size N is allocated.
+        slot_dim: W, width of a row.
+        num_heads: H.
+        top_k: K, rows that a head reads.
+        controller: factory of the controller, called with (input width, hidden_size).
+        index_after: touched rows beyond which a FAISS index is searched; None: never.
+        strength_bias, interpolation_bias: where beta and gamma start, before oneplus and sigmoid.
+    """
+
+    num_modes = 0  # ways of reading to mix, beyond the one by content
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_slots: int,
+        slot_dim: int,
+        num_heads: int,
+        top_k: int,
+        controller: ControllerFactory = LSTMController,
+        index_after: int | None = INDEX_AFTER,
+        strength_bias: float = STRENGTH_BIAS,
+        interpolation_bias: float = INTERPOLATION_BIAS,
+    ) -> None:
+        super().__init__()
+        self.input_size = check_size("input_size", input_size)
+        self.hidden_size = check_size("hidden_size", hidden_size)
+        self.num_slots = check_size("num_slots", num_slots)
+        self.slot_dim = check_size("slot_dim", slot_dim)
+        self.num_heads = check_size("num_heads", num_heads)
+        self.top_k = check_size("top_k", top_k)
+        check_at_most("top_k", top_k, "num_slots", num_slots)
+        check_at_most("num_heads", num_heads, "num_slots", num_slots)
+        self.index_after = index_after if index_after is None else check_size("index_after", index_after)
+        read_size = num_heads * slot_dim
+        self.feature_size = hidden_size + read_size
+        self.controller = controller(input_size + read_size, hidden_size)
+        self.interface = nn.Linear(hidden_size, num_heads * (2 * slot_dim + 3 + self.num_modes))
+        with torch.no_grad():
+            gates = self.interface.bias.view(num_heads, -1)[:, 2 * slot_dim :]
+            gates[:, 0], gates[:, 2] = strength_bias, interpolation_bias
+
+    def initial_state(self, batch_size: int) -> SAMState:
+        """Every row zero, nothing read or written yet."""
+        weight = self.interface.weight
+        ids = torch.empty(batch_size, self.num_heads, 0, dtype=torch.int64, device=weight.device)
+        nothing = Entries(ids, weight.new_empty(ids.shape))
+        reads = weight.new_zeros(batch_size, self.num_heads * self.slot_dim)
+        episode = Episode.start(
+            batch_size,
+            self.num_slots,
+            self.slot_dim,
+            index_after=self.index_after,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return SAMState(None, reads, nothing, nothing, episode)
+
+    def check_state(self, state: Any, batch_size: int) -> None:
+        """Refuse a state of another model, size or batch."""
+        super().check_state(state, batch_size)
+        check_memory(state, self.num_slots, self.num_heads, self.num_heads * self.slot_dim)
+
+    def forward(
+        self, input: Float[Tensor, "B X"], state: SAMState
+    ) -> tuple[Float[Tensor, "B F"], SAMState]:
+        """One step: (features [h_t, r_t], next state)."""
+        hidden, controller = self.controller(torch.cat([input, state.reads], 1), state.controller)
+        interface = self._split(self.interface(hidden))
+        fresh = state.episode.least_recent(self.num_heads)
+        write = write_entries(interface, state.read, fresh)
+        episode = state.episode.write(*write, interface.word, fresh)
+        read, rows, episode = self._read(interface, state, write, episode)
+        reads = (read.weights.unsqueeze(-1) * rows).sum(2).flatten(1)
+        episode.mark_accessed(joined(write.detach(), read.detach()))
+        features = torch.cat([hidden, reads], 1)
+        return features, state._replace(
+            controller=controller, reads=reads, read=read, write=write, episode=episode
+        )
+
+    def _read(
+        self, interface: HeadInterface, state: SAMState, write: Entries, episode: Episode
+    ) -> tuple[Entries, Tensor, Episode]:
+        """Read weights, the rows they weigh, and the episode to go on with."""
+        ids = episode.search(interface.query, self.top_k)
+        rows, episode = episode.read(ids)
+        weights = content_weights(interface.query, interface.strength, rows)
+        return Entries(ids, weights), rows, episode
+
+    def _split(self, values: Float[Tensor, "B HI"]) -> HeadInterface:
+        width = self.slot_dim
+        heads = values.view(len(values), self.num_heads, -1)
+        query, word, gates, modes = heads.split([width, width, 3, self.num_modes], -1)
+        opened = gates[..., 1:].sigmoid()
+        return HeadInterface(
+            query, word, oneplus(gates[..., 0]), opened[..., 0], opened[..., 1], modes.softmax(-1)
+        )
+
+
+def check_memory(state: Any, num_slots: int, num_heads: int, read_size: int) -> None:
+    """Refuse a sparse state made by a cell of other sizes."""
+    made_for = (state.episode.num_slots, state.read.ids.shape[1], state.reads.shape[1])
+    if made_for != (num_slots, num_heads, read_size):
+        raise ValueError(
+            "state was made by a model with (num_slots, num_heads, num_heads * slot_dim) ="
+            f" {made_for}, expected {(num_slots, num_heads, read_size)}"
+        )
+
+
+class SAM(MemoryModel):
+    """Sparse access memory: `output, state = SAM(8, 100, 8)(input [B, T, 8])`, batch first.
+
+    Arguments as in `SAMCell`, and output_size, the width of the output.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        num_slots: int = 1_048_576,
+        slot_dim: int = 32,
+        num_heads: int = 4,
+        top_k: int = 4,
+        **options: Any,
+    ) -> None:
+        cell = SAMCell(input_size, hidden_size, num_slots, slot_dim, num_heads, top_k, **options)
+        super().__init__(cell, output_size)
