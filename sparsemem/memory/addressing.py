@@ -1,0 +1,170 @@
+"""Addressing of a dense memory: one equation, one pure function.
+
+Shape letters: B batch, N slots, W slot width, H heads (R read heads in the DNC), S shifts.
+Sources: Graves et al. 2014, arXiv 1410.5401 (NTM); Graves et al. 2016, Nature 538, 471-476,
+doi:10.1038/nature20101 (DNC); Csordas & Schmidhuber 2019, arXiv 1904.10278 (options of the DNC).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsemem.memory.cosine import COSINE_EPSILON, inverse_norm
+
+# Added to linked weights before they are sharpened, as the authors of the option do: reading a
+# slot without links gives the uniform distribution instead of 0 / 0.
+LINK_EPSILON = 1e-6
+
+
+def oneplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """1 + log(1 + e^x), at least 1 (DNC)."""
+    return 1 + F.softplus(x)
+
+
+def cosine_similarity(
+    keys: Float[Tensor, "B H W"], rows: Float[Tensor, "B N W"]
+) -> Float[Tensor, "B H N"]:
+    """cos(k, M[i]) of every key with every row; 0 for an all-zero key or row."""
+    dots = (keys * inverse_norm(keys).unsqueeze(-1)) @ rows.mT
+    return dots * inverse_norm(rows).unsqueeze(-2)
+
+
+def masked_cosine_similarity(
+    keys: Float[Tensor, "B H W"], masks: Float[Tensor, "B H W"], rows: Float[Tensor, "B N W"]
+) -> Float[Tensor, "B H N"]:
+    """cos(k * m, M[i] * m): each head compares only where its mask m in [0, 1] lets it.
+
+    Csordas & Schmidhuber 2019, section 3.1. |M[i] * m|^2 = M[i]^2 . m^2, so no row is masked
+    on its own.
+    """
+    masked = keys * masks
+    dots = (masked * inverse_norm(masked).unsqueeze(-1) * masks) @ rows.mT
+    return dots * (masks.square() @ rows.square().mT + COSINE_EPSILON).rsqrt()
+
+
+def content_weights(
+    similarity: Float[Tensor, "B H N"], strengths: Float[Tensor, "B H"]
+) -> Float[Tensor, "B H N"]:
+    """C = softmax over slots of beta cos (NTM Eq. 5, DNC's content-based addressing)."""
+    return torch.softmax(strengths.unsqueeze(-1) * similarity, -1)
+
+
+def interpolate(
+    content: Float[Tensor, "B H N"], previous: Float[Tensor, "B H N"], gates: Float[Tensor, "B H"]
+) -> Float[Tensor, "B H N"]:
+    """wg = g wc + (1 - g) w_{t-1} (NTM Eq. 7)."""
+    return torch.lerp(previous, content, gates.unsqueeze(-1))
+
+
+def circular_shift(
+    weights: Float[Tensor, "B H N"], shifts: Float[Tensor, "B H S"]
+) -> Float[Tensor, "B H N"]:
+    """ws(i) = sum_j wg(j) s(i - j), circular (NTM Eq. 8).
+
+    S is odd; its entries weigh the offsets -(S // 2) .. S // 2 towards higher slots.
+    """
+    reach = shifts.shape[-1] // 2
+    moved = [weights.roll(offset, -1) for offset in range(-reach, reach + 1)]
+    return (torch.stack(moved, -1) @ shifts.unsqueeze(-1)).squeeze(-1)
+
+
+def sharpen(
+    weights: Float[Tensor, "B H N"], exponents: Float[Tensor, "B H"]
+) -> Float[Tensor, "B H N"]:
+    """w(i)^gamma / sum_j w(j)^gamma, for gamma >= 1 (NTM Eq. 9)."""
+    # The result does not depend on the scale of w: a largest entry of 1 cannot underflow.
+    scaled = weights / weights.detach().amax(-1, keepdim=True)
+    powers = scaled ** exponents.unsqueeze(-1)
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def sharpen_links(
+    linked: Float[Tensor, "B R N"], exponents: Float[Tensor, "B R"]
+) -> Float[Tensor, "B R N"]:
+    """Forward or backward weights made sharp and summing to 1 (Csordas & Schmidhuber, 3.3)."""
+    return sharpen(linked + LINK_EPSILON, exponents)
+
+
+def retention(
+    free_gates: Float[Tensor, "B R"], read_weights: Float[Tensor, "B R N"]
+) -> Float[Tensor, "B N"]:
+    """psi = prod over read heads of (1 - f wR_{t-1}): how much of each slot is not freed (DNC)."""
+    return (1 - free_gates.unsqueeze(-1) * read_weights).prod(1)
+
+
+def usage(
+    previous: Float[Tensor, "B N"],
+    write_weights: Float[Tensor, "B N"],
+    retained: Float[Tensor, "B N"],
+) -> Float[Tensor, "B N"]:
+    """u = (u_{t-1} + wW_{t-1} - u_{t-1} wW_{t-1}) psi, in [0, 1] (DNC)."""
+    return (previous + write_weights - previous * write_weights) * retained
+
+
+def allocation(usage: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """a[phi_j] = (1 - u[phi_j]) prod_{i<j} u[phi_i], phi = slots by ascending usage (DNC).
+
+    Equally used slots come in the order of their ids. Gradients flow through the values of u,
+    not through their order.
+    """
+    ordered, order = usage.sort(dim=-1, stable=True)
+    less_used = F.pad(ordered[..., :-1], (1, 0), value=1.0).cumprod(-1)
+    return torch.zeros_like(usage).scatter(-1, order, (1 - ordered) * less_used)
+
+
+def gated_write_weights(
+    allocated: Float[Tensor, "B N"],
+    content: Float[Tensor, "B N"],
+    allocation_gate: Float[Tensor, "B 1"],
+    write_gate: Float[Tensor, "B 1"],
+) -> Float[Tensor, "B N"]:
+    """wW = g_w (g_a a + (1 - g_a) cW) (DNC)."""
+    return write_gate * torch.lerp(content, allocated, allocation_gate)
+
+
+def precedence(
+    previous: Float[Tensor, "B N"], write_weights: Float[Tensor, "B N"]
+) -> Float[Tensor, "B N"]:
+    """p = (1 - sum wW) p_{t-1} + wW: how much each slot was the last one written (DNC)."""
+    return (1 - write_weights.sum(-1, keepdim=True)) * previous + write_weights
+
+
+def links(
+    previous: Float[Tensor, "B N N"],
+    precedence: Float[Tensor, "B N"],
+    write_weights: Float[Tensor, "B N"],
+) -> Float[Tensor, "B N N"]:
+    """L[i,j] = (1 - wW[i] - wW[j]) L_{t-1}[i,j] + wW[i] p_{t-1}[j], L[i,i] = 0 (DNC).
+
+    L[i,j] is how much slot i was written right after slot j; `precedence` is p_{t-1}.
+    """
+    to, since = write_weights.unsqueeze(-1), write_weights.unsqueeze(-2)
+    updated = (1 - to - since) * previous + to * precedence.unsqueeze(-2)
+    itself = torch.eye(updated.shape[-1], dtype=torch.bool, device=updated.device)
+    return updated.masked_fill(itself, 0)
+
+
+def forward_weights(
+    links: Float[Tensor, "B N N"], read_weights: Float[Tensor, "B R N"]
+) -> Float[Tensor, "B R N"]:
+    """f = L wR_{t-1}: the slots written right after those read (DNC)."""
+    return read_weights @ links.mT
+
+
+def backward_weights(
+    links: Float[Tensor, "B N N"], read_weights: Float[Tensor, "B R N"]
+) -> Float[Tensor, "B R N"]:
+    """b = L^T wR_{t-1}: the slots written right before those read (DNC)."""
+    return read_weights @ links
+
+
+def mixed_read_weights(
+    backward: Float[Tensor, "B R N"],
+    content: Float[Tensor, "B R N"],
+    forward: Float[Tensor, "B R N"],
+    modes: Float[Tensor, "B R 3"],
+) -> Float[Tensor, "B R N"]:
+    """wR = pi1 b + pi2 c + pi3 f (DNC)."""
+    before, same, after = modes.unsqueeze(-2).unbind(-1)
+    return before * backward + same * content + after * forward
