@@ -69,7 +69,7 @@ ensure_installed() {
   echo "Installing sparsemem[${wanted// /,}] into .venv (the first time takes a minute or more)"
   rm -f "$stamp"
   "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root[${wanted// /,}]" \
+    --constraint "$root/constraints.txt" --editable "${root}[${wanted// /,}]" \
     || fail "the installation failed; run this again to go on"
   printf '%s\n%s\n' "$(fingerprint)" "$wanted" >"$stamp"
 }
