@@ -108,7 +108,7 @@ def test_the_links_lead_to_the_folders(repository):
 def test_import_pulls_in_nothing_heavy(repository, tmp_path):
     code = (
         "import sparsemem\n"
-        "heavy = {'ray', 'faiss', 'matplotlib', 'tensorboard', 'typer', 'tqdm'}\n"
+        "heavy = {'ray', 'faiss', 'matplotlib', 'tensorboard', 'typer'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert run_python(code, repository, tmp_path).strip() == "[]"
