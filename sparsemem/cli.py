@@ -1,0 +1,194 @@
+"""The command line: `sparsemem train | eval | plot | models | tasks`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from sparsemem.models.registry import MODELS, model_options
+from sparsemem.tasks import TASKS, task_options
+from sparsemem.training.config import Config, load_config
+from sparsemem.training.errors import UserError
+from sparsemem.training.evaluate import Result
+from sparsemem.training.launch import evaluate_run, load_run, resume, start
+from sparsemem.training.run import RunFolder, new_run_path
+from sparsemem.training.trainer import Outcome
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    help="Neural networks with large external memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the config; repeatable."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+class Which(StrEnum):
+    """Which of a run's checkpoints."""
+
+    best = "best"
+    last = "last"
+
+
+class Split(StrEnum):
+    """Which part of the data."""
+
+    test = "test"
+    validation = "validation"
+
+
+Checkpoint = Annotated[Which, typer.Option(help="Lowest validation metric, or the latest.")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """One clear line (or one for each problem) and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="What to train; see examples/.")
+    ] = None,
+    set_: Set = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="Folder for the run.  [default: runs/NAME-OF-CONFIG]"),
+    ] = None,
+    resume_: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on from the newest checkpoint of a run."),
+    ] = None,
+) -> None:
+    """Train a model. Ctrl-C saves and leaves; --resume goes on as if nothing had happened."""
+    with _user_errors():
+        if resume_ is not None:
+            if run is not None:
+                raise UserError(
+                    "--run and --resume: expected one of them, a run stays in its folder"
+                )
+            folder = RunFolder.open(resume_)
+            outcome = resume(folder, load_config(config or folder.config_file, set_ or []), _say)
+        elif config is None:
+            raise UserError("expected CONFIG.yaml to train, or --resume RUN to go on with a run")
+        else:
+            checked = load_config(config, set_ or [])
+            folder = RunFolder(run or new_run_path(config))
+            outcome = start(checked, folder.path, _say)
+        _report(folder, outcome)
+    if outcome is Outcome.INTERRUPTED:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command("eval")
+def eval_(
+    run: RunArgument,
+    set_: Set = None,
+    checkpoint: Checkpoint = Which.best,
+    split: Annotated[Split, typer.Option(help="The part of the data.")] = Split.test,
+) -> None:
+    """Evaluate a run; `--set evaluation.level=20` asks for longer sequences than in training."""
+    with _user_errors():
+        folder, config = _open(run, set_)
+        result, step = evaluate_run(folder, config, checkpoint.value, split.value)
+        for line in _table(result, step):
+            typer.echo(line)
+
+
+@app.command()
+def plot(run: RunArgument, set_: Set = None, checkpoint: Checkpoint = Which.best) -> None:
+    """Draw the learning curve and what the memory does into the run's pictures folder."""
+    with _user_errors():
+        folder, config = _open(run, set_)
+        try:
+            from sparsemem.training import plots
+        except ImportError as error:
+            raise UserError(
+                f"plot needs {error.name}, which is not installed: pip install 'sparsemem[viz]'"
+            ) from None
+        setup, _ = load_run(folder, config, checkpoint.value)
+        for path in plots.plot_run(folder, setup):
+            typer.echo(str(path))
+
+
+@app.command()
+def models() -> None:
+    """List the models and their options (section `model` of a config)."""
+    _list(MODELS, model_options, {"input_size", "output_size"})
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks and their options (section `task` of a config)."""
+    _list(TASKS, task_options, {"seed", "batch_size", "split", "dtype"})
+
+
+def _open(run: Path, overrides: list[str] | None) -> tuple[RunFolder, Config]:
+    """A run's folder and its config with changes; sets torch's thread count."""
+    folder = RunFolder.open(run)
+    config = load_config(folder.config_file, overrides or [])
+    torch.set_num_threads(config.training.threads)
+    return folder, config
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _report(run: RunFolder, outcome: Outcome) -> None:
+    """How training ended and what to do next."""
+    if outcome is Outcome.INTERRUPTED:
+        _say(f"saved {run.newest_checkpoint()}; go on with: sparsemem train --resume {run.path}")
+        return
+    _say(f"{outcome.value}; run {run.path}, best checkpoint {run.best_checkpoint().name}")
+    _say(f"next: sparsemem eval {run.path}, sparsemem plot {run.path}")
+
+
+def _table(result: Result, step: int) -> Iterator[str]:
+    """The result, and a line for each part of the data where the task tells them apart."""
+    yield f"checkpoint of step {step}, {result.split} split"
+    for name, value in (result.per_task or {}).items():
+        yield f"  {name:<12} {result.metric_name} {value:.4g}"
+    yield f"loss {result.loss:.4g}, slots touched {result.touched:.0f} a sequence"
+    yield result.line()
+
+
+def _list(
+    kinds: Mapping[str, type], options: Callable[[str], Mapping[str, Any]], hidden: set[str]
+) -> None:
+    for name, kind in kinds.items():
+        typer.echo(f"{name:<20} {(inspect.getdoc(kind) or '').splitlines()[0]}")
+        for option, default in options(name).items():
+            if option not in hidden:
+                required = default is inspect.Parameter.empty
+                typer.echo(f"    {option:<20} {'required' if required else repr(default)}")
+
+
+def main() -> None:
+    """Entry point of the command `sparsemem`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Models by name, for configs and the command line."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from sparsemem.checks import nearest
+from sparsemem.models.base import Cell, MemoryModel
+from sparsemem.models.dnc import DNC
+from sparsemem.models.lstm import LSTM
+from sparsemem.models.ntm import NTM
+from sparsemem.models.sam import SAM, SAMCell
+from sparsemem.models.sdnc import SDNC, SDNCCell
+
+MODELS: dict[str, type[MemoryModel]] = {
+    "sam": SAM,
+    "sdnc": SDNC,
+    "dnc": DNC,
+    "ntm": NTM,
+    "lstm": LSTM,
+}
+# Where a model takes **options, they are those of its cell.
+_CELLS: dict[str, type[Cell]] = {"sam": SAMCell, "sdnc": SDNCCell}
+
+
+def find_model(name: str) -> type[MemoryModel]:
+    """The class of a model, upper or lower case; ValueError names the nearest known one."""
+    if name.lower() not in MODELS:
+        raise ValueError(f"unknown model {name!r}: {nearest(name.lower(), MODELS)}")
+    return MODELS[name.lower()]
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """Options that a config may give for a model, with their defaults.
+
+    A required option's value is `inspect.Parameter.empty`. Arguments that only code can
+    give, such as a controller factory, are left out.
+    """
+    found = [find_model(name), *filter(None, [_CELLS.get(name.lower())])]
+    options: dict[str, Any] = {}
+    for parameter in (p for kind in found for p in inspect.signature(kind).parameters.values()):
+        sayable = isinstance(parameter.default, bool | int | float | str | None)
+        required = parameter.default is inspect.Parameter.empty
+        many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not many and (sayable or required):
+            options.setdefault(parameter.name, parameter.default)
+    return options
+
+
+def make_model(name: str, **options: Any) -> MemoryModel:
+    """Build a model: `make_model("sam", input_size=8, output_size=8, hidden_size=100)`.
+
+    ValueError for an unknown name or option names the nearest known one; TypeError for a
+    value of the wrong kind. What else a model refuses (a size below 1, a top_k over
+    num_slots) it says itself.
+    """
+    known = model_options(name)
+    kinds = _kinds(name)
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(
+                f"unknown option {option!r} of model {name!r}: {nearest(option, known)}"
+            )
+        _check_kind(option, value, kinds[option])
+    for option, default in known.items():
+        if default is inspect.Parameter.empty and option not in options:
+            raise ValueError(f"model {name!r} needs the option {option!r}")
+    return find_model(name)(**options)
+
+
+def _kinds(name: str) -> dict[str, Any]:
+    """The annotated type of each argument of a model."""
+    own = get_type_hints(find_model(name).__init__)
+    cell = _CELLS.get(name.lower())
+    return {**(get_type_hints(cell.__init__) if cell else {}), **own}
+
+
+def _check_kind(option: str, value: Any, kind: Any) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise TypeError(f"{option} is {value!r}, expected {expected}") from None

@@ -1,0 +1,86 @@
+"""One batch of training: backpropagation through time, whole or truncated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsemem.models.base import MemoryModel
+from sparsemem.tasks import Batch, Task
+from sparsemem.training.errors import UserError
+
+
+class Diverged(UserError):
+    """The loss or the gradient is no longer finite; no parameter was changed by it."""
+
+
+class BatchResult(NamedTuple):
+    """What one batch of training showed."""
+
+    loss: float
+    metric: float
+    touched: float
+    gradient_norm: float
+
+
+def chunks(batch: Batch, length: int | None) -> Iterator[Batch]:
+    """The batch in pieces of at most `length` steps; whole if it is None."""
+    steps = batch.input.shape[1]
+    for start in range(0, steps, length or steps):
+        yield batch.steps(start, min(start + (length or steps), steps))
+
+
+def train_batch(
+    model: MemoryModel,
+    task: Task,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    truncate: int | None = None,
+    clip: float | None = None,
+) -> BatchResult:
+    """Train on one batch, one optimiser step for each chunk of `truncate` time steps.
+
+    The state is carried from chunk to chunk and gradients are not (truncated BPTT,
+    Williams & Peng 1990). Chunk losses share the normaliser of the whole sequence, so
+    they add up to its loss. A chunk in which nothing is scored takes no optimiser step.
+    `gradient_norm` is the largest of the chunks', before clipping to `clip`.
+    """
+    state: Any = None
+    outputs, loss, norm = [], 0.0, 0.0
+    normaliser = task.normaliser(batch).clamp(min=1)
+    for chunk in chunks(batch, truncate):
+        output, state = model(chunk.input, state)
+        outputs.append(output.detach())
+        if chunk.mask.any():
+            chunk_loss = task.loss(output, chunk, normaliser)
+            loss += _finite("loss", chunk_loss.item())
+            norm = max(norm, _update(model, optimiser, chunk_loss, clip))
+        state = state.detach()
+    touched = state.touched.to(torch.float64).mean().item()
+    metric = float(task.metric(torch.cat(outputs, 1), batch))
+    return BatchResult(loss, metric, touched, norm)
+
+
+def _update(
+    model: MemoryModel,
+    optimiser: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    clip: float | None,
+) -> float:
+    """One optimiser step; returns the gradient's norm before clipping."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    limit = math.inf if clip is None else clip  # an infinite limit measures and leaves
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    _finite("gradient norm", norm)
+    optimiser.step()
+    return norm
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise Diverged(f"the {name} is {value}")
+    return value

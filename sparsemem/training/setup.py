@@ -1,0 +1,178 @@
+"""From a config to what it names: the task, the model, and a description of both."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsemem.models.base import MemoryModel
+from sparsemem.models.registry import find_model, make_model, model_options
+from sparsemem.tasks import Task, make_task
+from sparsemem.training.checkpoint import Checkpoint, check_tensors
+from sparsemem.training.config import Config, make_config
+from sparsemem.training.errors import CheckpointError, ConfigError
+
+_ELSEWHERE = {
+    "seed": "say training.seed",
+    "batch_size": "say training.batch_size or evaluation.batch_size",
+    "dtype": "say training.dtype",
+    "split": "training, validation and evaluation each take their own",
+}
+
+
+class Setup(NamedTuple):
+    """A config as resolved, and what it names."""
+
+    config: Config
+    task: Task
+    evaluation_task: Task
+    model: MemoryModel
+
+
+def prepare(config: Config) -> Setup:
+    """Make what a config names, and write its defaults out.
+
+    The model starts from `training.seed`. ConfigError says which section was refused.
+    """
+    task = build_task(config, config.training.batch_size)
+    model = build_model(config, task)
+    resolved = resolve(config, task)
+    return Setup(resolved, task, build_task(config, config.evaluation.batch_size), model)
+
+
+def build_task(config: Config, batch_size: int) -> Task:
+    """The config's task, giving batches of `batch_size`."""
+    given = {
+        "seed": config.training.seed,
+        "batch_size": batch_size,
+        "dtype": config.training.dtype,
+        "split": "train",
+    }
+    for key in given:
+        if key in config.task.options:
+            raise ConfigError(f"task.{key} is not an option here: {_ELSEWHERE[key]}")
+    with _section("task"):
+        return make_task(config.task.name, **given, **config.task.options)
+
+
+def build_model(config: Config, task: Task) -> MemoryModel:
+    """The config's model with the task's sizes, freshly initialised from the config's seed."""
+    sizes = {"input_size": task.input_size, "output_size": task.output_size}
+    for key in sizes:
+        if key in config.model.options:
+            raise ConfigError(f"model.{key} is given by the task ({sizes[key]}): leave it out")
+    device = device_of(config)
+    with _section("model"):
+        torch.manual_seed(config.training.seed)
+        model = make_model(config.model.name, **sizes, **config.model.options)
+    return model.to(device, dtype_of(config))
+
+
+def load_model(model: MemoryModel, checkpoint: Checkpoint, config: Config) -> None:
+    """Give a model the parameters of a checkpoint, once they are known to be its own."""
+    name = checkpoint.manifest["model"]["name"]
+    if name.lower() != config.model.name.lower():
+        raise CheckpointError(
+            f"{checkpoint.path} is of model {name!r}, expected {config.model.name!r}"
+        )
+    tensors = checkpoint.part("model")
+    check_tensors(tensors, model.state_dict(), checkpoint.path, config.model.name)
+    model.load_state_dict(tensors)
+
+
+def resolve(config: Config, task: Task) -> Config:
+    """The config with the defaults of its model and task written out.
+
+    So a run keeps its meaning when defaults change later.
+    """
+    defaults = {
+        key: value
+        for key, value in model_options(config.model.name).items()
+        if value is not inspect.Parameter.empty
+    }
+    tree = config.model_dump()
+    tree["model"] = {**tree["model"], **defaults, **config.model.options}
+    curriculum, evaluation = tree["curriculum"], tree["evaluation"]
+    for key, level in (("minimum", task.min_level), ("maximum", task.max_level)):
+        if curriculum[key] is None:
+            curriculum[key] = level
+    if evaluation["level"] is None:
+        evaluation["level"] = curriculum["maximum"]
+    resolved = make_config(tree)
+    for path in ("curriculum.minimum", "curriculum.maximum", "evaluation.level"):
+        section, key = path.split(".")
+        with _section(None):
+            task.check_level(tree[section][key], path)
+    return resolved
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that the config names, if this machine has it."""
+    name = config.training.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"training.device is {name!r}, not usable here: {reason}") from None
+    return device
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The torch dtype that the config names."""
+    return {"float32": torch.float32, "float64": torch.float64}[config.training.dtype]
+
+
+def describe(config: Config, model: MemoryModel) -> str:
+    """What is about to run, for the first lines of a log."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    options = config.model.options
+    memory = f", {options['num_slots']:,} slots" if options.get("num_slots") else ""
+    memory += f" of width {options['slot_dim']}" if memory and options.get("slot_dim") else ""
+    training = config.training
+    threads = f"{training.threads} thread{'s' if training.threads > 1 else ''}"
+    return (
+        f"model {find_model(config.model.name).__name__}, {count:,} parameters{memory};"
+        f" task {config.task.name}\n"
+        f"{training.device}, {threads}, {training.dtype}; sparsemem {package_version()},"
+        f" torch {torch.__version__}, python {platform.python_version()}"
+    )
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("sparsemem")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@contextmanager
+def _section(name: str | None) -> Iterator[None]:
+    """Turn what is refused into a ConfigError that names the section of the config, if given."""
+    start = f"{name}: " if name else ""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename and error.strerror else ""
+        raise ConfigError(f"{start}{place}{error.strerror or error}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{start}{error}") from None
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Dotted paths whose values differ between two nested mappings."""
+    paths = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            paths += differing_keys(one, other, f"{path}{key}.")
+        elif one != other:
+            paths.append(f"{path}{key}")
+    return paths
