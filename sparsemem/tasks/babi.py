@@ -29,7 +29,7 @@ from sparsemem.tasks.babi_files import (
     read_files,
     read_text_file,
 )
-from sparsemem.tasks.base import SPLITS, Batch, Task, check_choice, check_split
+from sparsemem.tasks.base import SPLITS, Batch, Task, check_choice, check_fraction, check_split
 
 ALL_TASKS = tuple(range(1, 21))
 POOL_BATCHES = 16  # stories of so many batches are sorted by length together
@@ -74,15 +74,12 @@ class BabiTask(Task):
         super().__init__(**common)
         self.tasks = check_tasks(tasks)
         self.variant = check_choice("variant", variant, VARIANTS)
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {validation_fraction!r}, expected 0 or more, below 1"
-            )
+        self.validation_fraction = check_fraction("validation_fraction", validation_fraction)
         limits = {"max_sentences": max_sentences, "max_words": max_words}
         for name, limit in limits.items():
             if limit is not None:
                 check_size(name, limit)
-        files = find_files(Path(path), variant, self.tasks, qa3_path)
+        files = find_files(check_path(path), variant, self.tasks, qa3_path)
         self.sources = [file.name for file in files.values()]
         parsed = {key: parse_stories(key[0], file) for key, file in files.items()}
         self.vocabulary = build_vocabulary(parsed.values())
@@ -100,7 +97,10 @@ class BabiTask(Task):
             self.skipped[split] = len(stories) - len(kept)
             self.stories[split] = kept
         if not self.stories["train"] or not self.stories["test"]:
-            raise ValueError(f"{limits} leave no story to train on or none to test on")
+            raise ValueError(
+                f"no story is left to train or to test on, with {limits} and"
+                f" validation_fraction = {self.validation_fraction}"
+            )
         if any(self.skipped.values()):
             counts = ", ".join(f"{number} {split}" for split, number in self.skipped.items())
             warnings.warn(f"bAbI stories skipped for {limits}: {counts}", stacklevel=3)
@@ -116,7 +116,10 @@ class BabiTask(Task):
 
     def _stories_of(self, split: str) -> list[Story]:
         if not self.stories[check_split(split)]:
-            raise ValueError(f"split is {split!r}, which has no stories")
+            raise ValueError(
+                f"split is {split!r}, which has no stories"
+                f" (validation_fraction is {self.validation_fraction})"
+            )
         return self.stories[split]
 
     def make_batch(self, index: int, level: int) -> Batch:
@@ -203,10 +206,18 @@ class BabiTask(Task):
 
 def check_tasks(tasks: Sequence[int] | int) -> tuple[int, ...]:
     """The chosen task numbers in order, if they are different numbers from 1 to 20."""
-    numbers = (tasks,) if isinstance(tasks, int) else tuple(tasks)
-    if not numbers or len(set(numbers)) != len(numbers) or not set(numbers) <= set(ALL_TASKS):
+    numbers = tuple(tasks) if isinstance(tasks, Sequence) else (tasks,)
+    integers = all(type(number) is int for number in numbers)
+    if not integers or not numbers or len(set(numbers) & set(ALL_TASKS)) != len(numbers):
         raise ValueError(f"tasks is {tasks!r}, expected different numbers from 1 to 20")
     return tuple(sorted(numbers))
+
+
+def check_path(path: str | PathLike[str]) -> Path:
+    """Return `path` as a Path if it is one, or a text."""
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"path is {path!r}, expected the path of the bAbI archive or folder")
+    return Path(path)
 
 
 def find_files(

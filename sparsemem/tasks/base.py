@@ -55,6 +55,20 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
+    """Return `value` if it is one of the `known` ones; the error names the nearest."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, {nearest(str(value), known)}")
+    return value
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return `value` if it is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return value
+
+
 class Task(IterableDataset[Batch]):
     """An endless stream of batches; batch number i is a function of (seed, split, level, i) alone.
 
@@ -179,10 +193,3 @@ class Task(IterableDataset[Batch]):
         expected = (*batch.mask.shape, self.output_size)
         if tuple(output.shape) != expected:
             raise ValueError(f"output has shape {tuple(output.shape)}, expected {expected}")
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
-    """Return `value` if it is one of the `known` ones; the error names the nearest."""
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, {nearest(str(value), known)}")
-    return value

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -89,5 +89,5 @@ class BitTask(Task):
         """A batch of `steps` steps in which nothing is shown and nothing counts."""
         input = torch.zeros(self.batch_size, steps, self.input_size, dtype=self.dtype)
         target = torch.zeros(self.batch_size, steps, self.output_size, dtype=self.dtype)
-        mask: Bool[Tensor, "B T"] = torch.zeros(self.batch_size, steps, dtype=torch.bool)
+        mask = torch.zeros(self.batch_size, steps, dtype=torch.bool)
         return Batch(input, target, mask)

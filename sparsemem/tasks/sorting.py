@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sparsemem.checks import check_size
-from sparsemem.tasks.base import Batch
+from sparsemem.tasks.base import Batch, check_fraction
 from sparsemem.tasks.bits import BitTask
 
 
@@ -24,9 +24,7 @@ class PrioritySortTask(BitTask):
         self, *, bits: int = 8, fraction: float = 0.8, max_level: int = 20, **common: Any
     ) -> None:
         self.bits = check_size("bits", bits)
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction is {fraction!r}, expected more than 0 and at most 1")
-        self.fraction = fraction
+        self.fraction = check_fraction("fraction", fraction)
         self.input_size, self.output_size = bits + 2, bits
         super().__init__(max_level=max_level, **common)
 
