@@ -38,7 +38,7 @@ class NTMState(NamedTuple):
         return int(self.memory.rows.shape[0])
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots touched so far: all of them."""
         batch_size, num_slots, _ = self.memory.rows.shape
         return torch.full((batch_size,), num_slots, device=self.memory.rows.device)
@@ -113,8 +113,8 @@ class NTMCell(DenseCell):
         num_slots: int = 128,
         slot_dim: int = 20,
         num_heads: int = 1,
-        shift_range: int = 1,
         controller: ControllerFactory = LSTMController,
+        shift_range: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, num_slots, slot_dim, num_heads, controller)
         shifts = 2 * check_size("shift_range", shift_range, 0) + 1
@@ -165,10 +165,10 @@ class NTM(MemoryModel):
         num_slots: int = 128,
         slot_dim: int = 20,
         num_heads: int = 1,
-        shift_range: int = 1,
         controller: ControllerFactory = LSTMController,
+        shift_range: int = 1,
     ) -> None:
         cell = NTMCell(
-            input_size, hidden_size, num_slots, slot_dim, num_heads, shift_range, controller
+            input_size, hidden_size, num_slots, slot_dim, num_heads, controller, shift_range
         )
         super().__init__(cell, output_size)
