@@ -58,7 +58,7 @@ class SealedRows:
         if not self.sealed:
             return
         for element, lists in enumerate(self._lists):
-            changed = ids[element][ids[element] < self.sealed].unique()
+            changed = torch.unique(ids[element][ids[element] < self.sealed])
             if len(changed):
                 vectors = rows[element, changed] * norms[element, changed].unsqueeze(-1)
                 lists.update_vectors(changed.cpu().numpy(), to_numpy(vectors))

@@ -1,0 +1,28 @@
+"""Neural networks with millions of memory rows: sparse access memory for PyTorch."""
+
+from sparsemem.memory.episode import Episode
+from sparsemem.models.base import Access, Cell, MemoryModel
+from sparsemem.models.controller import LSTMController
+from sparsemem.models.dnc import DNC, DNCCell
+from sparsemem.models.lstm import LSTM, LSTMCell
+from sparsemem.models.ntm import NTM, NTMCell
+from sparsemem.models.sam import SAM, SAMCell
+from sparsemem.models.sdnc import SDNC, SDNCCell
+
+__all__ = [
+    "DNC",
+    "LSTM",
+    "NTM",
+    "SAM",
+    "SDNC",
+    "Access",
+    "Cell",
+    "DNCCell",
+    "Episode",
+    "LSTMCell",
+    "LSTMController",
+    "MemoryModel",
+    "NTMCell",
+    "SAMCell",
+    "SDNCCell",
+]

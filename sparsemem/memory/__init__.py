@@ -1,0 +1,1 @@
+"""Memories: episodes that record what is touched, and dense ones."""

@@ -1,4 +1,4 @@
-"""The cosine similarity, softened so that an all-zero row has similarity 0 and a finite gradient."""
+"""The cosine, softened so that an all-zero row has similarity 0 and a finite gradient."""
 
 from jaxtyping import Float
 from torch import Tensor

@@ -13,7 +13,7 @@ from sparsemem.indexes.ranking import top_k
 from sparsemem.indexes.sealed import SealedRows
 from sparsemem.memory.cosine import inverse_norm
 from sparsemem.memory.entries import Entries
-from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows, flatten_ids, take_rows
+from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows, flatten_ids
 from sparsemem.memory.usage import AccessOrder
 
 FIRST_CAPACITY = 64
@@ -161,7 +161,7 @@ class Episode:
         return self._store.num_slots
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots that have been read or written so far, of each episode."""
         return self._store.touched.clone()
 
@@ -199,7 +199,8 @@ class Episode:
         self._check_ids("erase", erase)
         store = self._store
         store.version += 1
-        token = WriteRows.apply(self._token, weights, words, ids, erase, self._tape)
+        arguments = (self._token, weights, words, ids, erase, self._tape)
+        token = WriteRows.apply(*arguments)  # type: ignore[no-untyped-call]
         return Episode(store, self._tape, token, self._tape.length - 1)
 
     def search(self, queries: Float[Tensor, "B H W"], k: int) -> Int[Tensor, "B H K"]:
@@ -215,11 +216,11 @@ class Episode:
         self._check_ids("ids", ids)
         self._store.touch(ids)
         self._store.reserve(self._store.extent)
-        rows, token = ReadRows.apply(self._token, ids, self._tape)
+        rows, token = ReadRows.apply(self._token, ids, self._tape)  # type: ignore[no-untyped-call]
         return rows, Episode(self._store, self._tape, token, self._tape.length - 1)
 
     def mark_accessed(self, accesses: Entries) -> None:
-        """End a step: slots whose weights [B, H, S] total over delta for a head are accessed now."""
+        """End a step: slots whose weights [B, H, S] exceed delta for a head are accessed now."""
         self._check_current()
         self._store.order.mark(accesses.detach())
 
@@ -235,7 +236,8 @@ class Episode:
         tape = Tape(store)
         if not self._token.requires_grad:
             return Episode(store, tape, self._token, -1)
-        token = Fork.apply(self._token, tape, self._tape, self._operation)
+        arguments = (self._token, tape, self._tape, self._operation)
+        token = Fork.apply(*arguments)  # type: ignore[no-untyped-call]
         return Episode(store, tape, token, 0)
 
     def to(self, *args: Any, **kwargs: Any) -> Episode:
@@ -248,9 +250,9 @@ class Episode:
     def _check_current(self) -> None:
         if (self._version, self._operation) != (self._store.version, self._tape.length - 1):
             raise RuntimeError(
-                f"this state was already advanced (from write {self._version}; its memory is at write"
-                f" {self._store.version}): the memory is changed in place, so a state serves once;"
-                " state.clone() forks it"
+                f"this state was already advanced (from write {self._version}; its memory is at"
+                f" write {self._store.version}): the memory is changed in place, so a state serves"
+                " once; state.clone() forks it"
             )
 
     def _check_ids(self, name: str, ids: Tensor) -> None:

@@ -40,14 +40,15 @@ class TemporalLinks:
             return Entries(ids, like.new_zeros(shape))
 
         table = (batch_size, num_heads, 0, num_links)
-        return TemporalLinks(
-            empty(*table), empty(*table), empty(batch_size, num_heads, num_links)
-        )
+        return TemporalLinks(empty(*table), empty(*table), empty(batch_size, num_heads, num_links))
 
     def reserve(self, capacity: int) -> None:
         """Make room for slots 0 .. capacity - 1."""
         if capacity > self.follows.ids.shape[2]:
-            self.follows, self.precedes = grown(self.follows, capacity), grown(self.precedes, capacity)
+            self.follows, self.precedes = (
+                grown(self.follows, capacity),
+                grown(self.precedes, capacity),
+            )
 
     def update(self, write: Entries, extent: int) -> None:
         """Link what a step wrote ([B, H, U]) behind what was written before it.

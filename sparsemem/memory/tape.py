@@ -38,8 +38,9 @@ class Tape:
         """The gradient with respect to the rows after `operation`, at the start of its backward."""
         if self._position is not None and operation >= self._position:
             raise RuntimeError(
-                "a second backward pass through the same steps of a memory: add the losses and"
-                " call backward once, fork with state.clone(), or cut with state.detach()"
+                "a second backward pass through steps of a memory while the first one has not"
+                " reached their start: add the losses and call backward once, or fork with"
+                " state.clone(), or cut with state.detach()"
             )
         self._position = operation
         if self._buffer is None:
@@ -69,7 +70,7 @@ class Tape:
             flat = flatten_ids(ids, self._buffer.shape[1])
             self._buffer.view(-1, width).index_fill_(0, flat, 0)
         self.store.give_buffer(self._buffer)
-        self._buffer, self._dirty = None, []
+        self._buffer, self._dirty, self._position = None, [], None
 
     @property
     def has_gradients(self) -> bool:
@@ -78,7 +79,7 @@ class Tape:
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Rows with a gradient: ids [B, n], values [B, n, W] (zero where an id repeats)."""
-        assert self._buffer is not None and self._dirty
+        assert self._buffer is not None, "called after enter"
         ids = torch.cat(self._dirty, 1).sort(1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
@@ -103,12 +104,14 @@ class ReadRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, ids: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        """Rows [B, H, S, W] at ids [B, H, S], and the token."""
         ctx.tape, ctx.operation = tape, tape.record()
         ctx.save_for_backward(ids)
         return take_rows(tape.store.rows, ids), token.clone()
 
     @staticmethod
-    def backward(ctx: Any, rows_gradient: Tensor, token_gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, rows_gradient: Tensor, token_gradient: Tensor) -> Any:
+        """Add to the buffer."""
         (ids,) = ctx.saved_tensors
         ctx.tape.enter(ctx.operation)
         ctx.tape.add(ids.flatten(1), rows_gradient.flatten(1, -2))
@@ -121,15 +124,23 @@ class WriteRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, weights: Tensor, words: Tensor, ids: Tensor, erase: Tensor, tape: Tape
+        ctx: Any,
+        token: Tensor,
+        weights: Tensor,
+        words: Tensor,
+        ids: Tensor,
+        erase: Tensor,
+        tape: Tape,
     ) -> Tensor:
+        """Change the rows; the token."""
         ctx.tape, ctx.operation = tape, tape.record()
         ctx.save_for_backward(weights, words, ids, erase)
         tape.store.write(ids, weights, words, erase)
         return token.clone()
 
     @staticmethod
-    def backward(ctx: Any, token_gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, token_gradient: Tensor) -> Any:
+        """Take the gradients of weights and words out of the buffer; erased rows' end here."""
         weights, words, ids, erase = ctx.saved_tensors
         buffer = ctx.tape.enter(ctx.operation)
         gradient = take_rows(buffer, ids)
@@ -146,12 +157,14 @@ class Fork(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, tape: Tape, parent: Tape, operation: int) -> Tensor:
+        """The token."""
         ctx.tape, ctx.operation = tape, tape.record()
         ctx.parent, ctx.parent_operation = parent, operation
         return token.clone()
 
     @staticmethod
-    def backward(ctx: Any, token_gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, token_gradient: Tensor) -> Any:
+        """Give the parent what is left in the buffer."""
         ctx.tape.enter(ctx.operation)
         if ctx.tape.has_gradients:
             ctx.parent.add_later(ctx.parent_operation, *ctx.tape.gradients())

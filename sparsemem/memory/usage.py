@@ -38,7 +38,7 @@ class AccessOrder:
         self.last_access = grown
 
     def mark(self, accesses: Entries) -> None:
-        """Record one step's accesses [B, H, S]: ids whose weights total over delta for some head."""
+        """Record one step's accesses [B, H, S]: ids whose weights exceed delta for some head."""
         when = torch.where(totals(accesses) > ACCESS_THRESHOLD, self.time, NEVER)
         self.last_access.scatter_reduce_(1, accesses.ids.flatten(1), when.flatten(1), "amax")
         self.time += 1

@@ -1,0 +1,1 @@
+"""Models: a cell looped over time, and an output layer."""

@@ -24,14 +24,25 @@ class State(Protocol):
     """What a cell carries from step to step: a NamedTuple with these members."""
 
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int:
+        """Number of sequences."""
+
     @property
-    def touched(self) -> Int[Tensor, "B"]: ...
+    def touched(self) -> Int[Tensor, " B"]:
+        """Slots touched so far."""
+
     @property
-    def access(self) -> Access | None: ...
-    def detach(self) -> State: ...
-    def clone(self) -> State: ...
-    def to(self, *args: Any, **kwargs: Any) -> State: ...
+    def access(self) -> Access | None:
+        """What the last step read and wrote."""
+
+    def detach(self) -> State:
+        """The same state, cut from what came before: truncated BPTT."""
+
+    def clone(self) -> State:
+        """A copy that can be advanced on its own."""
+
+    def to(self, *args: Any, **kwargs: Any) -> State:
+        """A detached copy on another device or of another floating dtype."""
 
 
 class Cell(nn.Module):
@@ -53,7 +64,8 @@ class Cell(nn.Module):
         expected = type(self.initial_state(1))
         if not isinstance(state, expected):
             raise TypeError(
-                f"state is a {type(state).__name__}, {type(self).__name__} expects {expected.__name__}"
+                f"state is a {type(state).__name__}, {type(self).__name__} expects"
+                f" {expected.__name__}"
             )
         if state.batch_size != batch_size:
             raise ValueError(

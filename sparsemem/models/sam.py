@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from sparsemem.checks import check_at_most, check_size
+from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.cosine import cosine
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode
@@ -43,7 +44,7 @@ class SAMState(NamedTuple):
         return self.episode.batch_size
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots touched so far."""
         return self.episode.touched
 
@@ -54,26 +55,34 @@ class SAMState(NamedTuple):
 
     def detach(self) -> SAMState:
         """The same state, cut from what came before: truncated BPTT."""
-        return SAMState(*(map_tensors(Tensor.detach, part) for part in self[:-1]), self[-1].detach())
+        return self._replace(**mapped(Tensor.detach, self), episode=self.episode.detach())
 
     def clone(self) -> SAMState:
         """A fork: both can be advanced, and both give gradients to what came before."""
-        return SAMState(*(map_tensors(Tensor.clone, part) for part in self[:-1]), self[-1].clone())
+        return self._replace(**mapped(Tensor.clone, self), episode=self.episode.clone())
 
     def to(self, *args: Any, **kwargs: Any) -> SAMState:
         """A detached copy on another device or of another floating dtype (as `Module.to`)."""
-        return SAMState(*(move(part, *args, **kwargs) for part in self[:-1]), self[-1].to(*args, **kwargs))
+        return self._replace(
+            **mapped(mover(*args, **kwargs), self), episode=self.episode.to(*args, **kwargs)
+        )
 
 
-def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
-    """A detached copy of a nested tuple of tensors; only floating ones change their dtype."""
-    reference = torch.empty(0).to(*args, **kwargs)
+def mapped(function: Callable[[Tensor], Tensor], state: Any) -> dict[str, Any]:
+    """The fields of a sparse state that hold tensors, each put through `function`."""
+    names = ("controller", "reads", "read", "write")
+    return {name: map_tensors(function, getattr(state, name)) for name in names}
 
-    def one(tensor: Tensor) -> Tensor:
-        dtype = reference.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(reference.device, dtype, copy=True)
 
-    return map_tensors(one, tree)
+def mover(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+    """A function that copies, detached, as `Module.to`: only floating tensors change dtype."""
+    like = torch.empty(0).to(*args, **kwargs)
+
+    def move(tensor: Tensor) -> Tensor:
+        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(like.device, dtype, copy=True)
+
+    return move
 
 
 def access_of(state: Any) -> Access:
@@ -92,15 +101,8 @@ class HeadInterface(NamedTuple):
     modes: Float[Tensor, "B H P"]  # pi of SDNC; empty for SAM
 
 
-def oneplus(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """1 + log(1 + e^x), at least 1."""
-    return 1 + softplus(x)
-
-
-def write_entries(
-    interface: HeadInterface, read: Entries, fresh: Int[Tensor, "B H"]
-) -> Entries:
-    """alpha (gamma wR_{t-1} + (1 - gamma) I): over last step's reads, then one fresh slot (eq. 5)."""
+def write_entries(interface: HeadInterface, read: Entries, fresh: Int[Tensor, "B H"]) -> Entries:
+    """alpha (gamma wR_{t-1} + (1 - gamma) I): last step's reads, then a fresh slot (eq. 5)."""
     gamma = interface.interpolation.unsqueeze(-1)
     weights = torch.cat([gamma * read.weights, 1 - gamma], -1)
     ids = torch.cat([read.ids, fresh.unsqueeze(-1)], -1)
@@ -152,7 +154,9 @@ class SAMCell(Cell):
         self.top_k = check_size("top_k", top_k)
         check_at_most("top_k", top_k, "num_slots", num_slots)
         check_at_most("num_heads", num_heads, "num_slots", num_slots)
-        self.index_after = index_after if index_after is None else check_size("index_after", index_after)
+        self.index_after = (
+            index_after if index_after is None else check_size("index_after", index_after)
+        )
         read_size = num_heads * slot_dim
         self.feature_size = hidden_size + read_size
         self.controller = controller(input_size + read_size, hidden_size)
@@ -161,7 +165,7 @@ class SAMCell(Cell):
             gates = self.interface.bias.view(num_heads, -1)[:, 2 * slot_dim :]
             gates[:, 0], gates[:, 2] = strength_bias, interpolation_bias
 
-    def initial_state(self, batch_size: int) -> SAMState:
+    def initial_state(self, batch_size: int) -> Any:
         """Every row zero, nothing read or written yet."""
         weight = self.interface.weight
         ids = torch.empty(batch_size, self.num_heads, 0, dtype=torch.int64, device=weight.device)
@@ -182,9 +186,7 @@ class SAMCell(Cell):
         super().check_state(state, batch_size)
         check_memory(state, self.num_slots, self.num_heads, self.num_heads * self.slot_dim)
 
-    def forward(
-        self, input: Float[Tensor, "B X"], state: SAMState
-    ) -> tuple[Float[Tensor, "B F"], SAMState]:
+    def forward(self, input: Float[Tensor, "B X"], state: Any) -> tuple[Float[Tensor, "B F"], Any]:
         """One step: (features [h_t, r_t], next state)."""
         hidden, controller = self.controller(torch.cat([input, state.reads], 1), state.controller)
         interface = self._split(self.interface(hidden))
@@ -200,7 +202,7 @@ class SAMCell(Cell):
         )
 
     def _read(
-        self, interface: HeadInterface, state: SAMState, write: Entries, episode: Episode
+        self, interface: HeadInterface, state: Any, write: Entries, episode: Episode
     ) -> tuple[Entries, Tensor, Episode]:
         """Read weights, the rows they weigh, and the episode to go on with."""
         ids = episode.search(interface.query, self.top_k)
@@ -211,7 +213,7 @@ class SAMCell(Cell):
     def _split(self, values: Float[Tensor, "B HI"]) -> HeadInterface:
         width = self.slot_dim
         heads = values.view(len(values), self.num_heads, -1)
-        query, word, gates, modes = heads.split([width, width, 3, self.num_modes], -1)
+        query, word, gates, modes = torch.split(heads, [width, width, 3, self.num_modes], -1)
         opened = gates[..., 1:].sigmoid()
         return HeadInterface(
             query, word, oneplus(gates[..., 0]), opened[..., 0], opened[..., 1], modes.softmax(-1)

@@ -13,13 +13,14 @@ from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
 from sparsemem.memory.links import TemporalLinks
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerState, map_tensors
+from sparsemem.models.controller import ControllerState
 from sparsemem.models.sam import (
     HeadInterface,
     SAMCell,
     access_of,
     content_weights,
-    move,
+    mapped,
+    mover,
 )
 
 
@@ -39,7 +40,7 @@ class SDNCState(NamedTuple):
         return self.episode.batch_size
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots touched so far."""
         return self.episode.touched
 
@@ -50,20 +51,19 @@ class SDNCState(NamedTuple):
 
     def detach(self) -> SDNCState:
         """The same state, cut from what came before: truncated BPTT."""
-        parts = (map_tensors(Tensor.detach, part) for part in self[:4])
-        return SDNCState(*parts, self.episode.detach(), self.links)
+        return self._replace(**mapped(Tensor.detach, self), episode=self.episode.detach())
 
     def clone(self) -> SDNCState:
         """A fork: both can be advanced, and both give gradients to what came before."""
-        parts = (map_tensors(Tensor.clone, part) for part in self[:4])
         links = self.links.to(self.reads.device, self.reads.dtype)
-        return SDNCState(*parts, self.episode.clone(), links)
+        parts = mapped(Tensor.clone, self)
+        return self._replace(**parts, episode=self.episode.clone(), links=links)
 
     def to(self, *args: Any, **kwargs: Any) -> SDNCState:
         """A detached copy on another device or of another floating dtype (as `Module.to`)."""
-        parts = [move(part, *args, **kwargs) for part in self[:4]]
-        links = self.links.to(parts[1].device, parts[1].dtype)
-        return SDNCState(*parts, self.episode.to(*args, **kwargs), links)
+        parts = mapped(mover(*args, **kwargs), self)
+        links = self.links.to(parts["reads"].device, parts["reads"].dtype)
+        return self._replace(**parts, episode=self.episode.to(*args, **kwargs), links=links)
 
 
 class SDNCCell(SAMCell):
@@ -79,11 +79,11 @@ class SDNCCell(SAMCell):
         super().__init__(*args, **options)
         self.num_links = check_size("num_links", num_links)
 
-    def initial_state(self, batch_size: int) -> SDNCState:
+    def initial_state(self, batch_size: int) -> Any:
         """Every row zero, nothing linked yet."""
         state = super().initial_state(batch_size)
         links = TemporalLinks.start(batch_size, self.num_heads, self.num_links, state.reads)
-        return SDNCState(*state, links)
+        return SDNCState(**state._asdict(), links=links)
 
     def _read(
         self, interface: HeadInterface, state: Any, write: Entries, episode: Episode

@@ -1,8 +1,9 @@
 """SAM and SDNC over dense [B, N, W] tensors, written from the equations with plain autograd."""
 
 import torch
-from sparsemem.indexes.ranking import GRID_BITS
 from torch.nn.functional import one_hot, softplus
+
+from sparsemem.indexes.ranking import GRID_BITS
 
 DELTA = 0.005
 EPSILON = 1e-6
@@ -23,7 +24,9 @@ def keep_largest(weights, k):
 def cosine(query, rows):
     """[B, H, W], [B, N, W] -> [B, H, N]."""
     dot = torch.einsum("bhw,bnw->bhn", query, rows)
-    sizes = ((query**2).sum(-1) + EPSILON).sqrt()[:, :, None] * ((rows**2).sum(-1) + EPSILON).sqrt()[:, None]
+    sizes = ((query**2).sum(-1) + EPSILON).sqrt()[:, :, None] * (
+        (rows**2).sum(-1) + EPSILON
+    ).sqrt()[:, None]
     return dot / sizes
 
 
@@ -55,7 +58,9 @@ class Dense:
 
     def step(self, input):
         cell = self.cell
-        hidden, self.controller = cell.controller(torch.cat([input, self.reads], 1), self.controller)
+        hidden, self.controller = cell.controller(
+            torch.cat([input, self.reads], 1), self.controller
+        )
         query, word, beta, alpha, gamma, modes = gates(cell, hidden)
         order = self.last_access.sort(dim=1, stable=True).indices
         fresh = one_hot(order[:, : cell.num_heads], cell.num_slots).to(input.dtype)  # I
@@ -79,8 +84,12 @@ class Dense:
             return content
         i, j = written[..., :, None], written[..., None, :]
         before = self.precedence
-        self.follows = keep_largest((1 - i) * self.follows + i * before[..., None, :], self.cell.num_links)
-        self.precedes = keep_largest((1 - j) * self.precedes + j * before[..., :, None], self.cell.num_links)
+        self.follows = keep_largest(
+            (1 - i) * self.follows + i * before[..., None, :], self.cell.num_links
+        )
+        self.precedes = keep_largest(
+            (1 - j) * self.precedes + j * before[..., :, None], self.cell.num_links
+        )
         self.precedence = keep_largest(
             (1 - written.sum(-1, keepdim=True)) * before + written, self.cell.num_links
         )
