@@ -39,7 +39,7 @@ class DNCState(NamedTuple):
         return int(self.memory.rows.shape[0])
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots touched so far: all of them."""
         batch_size, num_slots, _ = self.memory.rows.shape
         return torch.full((batch_size,), num_slots, device=self.memory.rows.device)

@@ -25,7 +25,7 @@ class LSTMState(NamedTuple):
         return int(self.hidden.shape[0])
 
     @property
-    def touched(self) -> Int[Tensor, "B"]:
+    def touched(self) -> Int[Tensor, " B"]:
         """Slots touched so far: none, there are no slots."""
         return self.hidden.new_zeros(self.batch_size, dtype=torch.int64)
 
