@@ -130,7 +130,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and the best one."""
+    """Remove all but the last `keep` checkpoints and the best one, and what a crash left."""
+    for unfinished in folder.glob(".step-*.part"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for step, path in list_checkpoints(folder)[:-keep]:
         if step != best:
             shutil.rmtree(path, ignore_errors=True)

@@ -7,29 +7,9 @@ drawn uniformly from 1..h, and h doubles whenever the mean loss stays under a th
 from __future__ import annotations
 
 import random
-from typing import Any, Protocol
+from typing import Any
 
-from sparsemem.training.config import Curriculum as CurriculumConfig
-
-
-class Curriculum(Protocol):
-    """Chooses the level of each batch and hears of its loss."""
-
-    @property
-    def hardest(self) -> int:
-        """The largest level drawn at present."""
-
-    def level(self, step: int) -> int:
-        """Level of the batch of a step, a pure function of the step and of `hardest`."""
-
-    def update(self, loss: float) -> bool:
-        """Hear the loss of a batch; True if the difficulty has changed."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What changes over a run, as JSON values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+from sparsemem.training import config as configs
 
 
 def draw(seed: int, step: int, low: int, high: int) -> int:
@@ -110,7 +90,10 @@ class Exponential:
         self._hardest, self._losses = int(state["hardest"]), [float(x) for x in state["losses"]]
 
 
-def make_curriculum(config: CurriculumConfig, seed: int) -> Curriculum:
+Curriculum = Fixed | Exponential
+
+
+def make_curriculum(config: configs.Curriculum, seed: int) -> Curriculum:
     """The curriculum of a config, as resolved."""
     assert config.minimum is not None
     assert config.maximum is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -156,14 +157,20 @@ def package_version() -> str:
 @contextmanager
 def _section(name: str | None) -> Iterator[None]:
     """Turn what is refused into a ConfigError that names the section of the config, if given."""
-    start = f"{name}: " if name else ""
     try:
         yield
     except OSError as error:
         place = f"{error.filename}: " if error.filename and error.strerror else ""
-        raise ConfigError(f"{start}{place}{error.strerror or error}") from None
+        raise ConfigError(_placed(name, f"{place}{error.strerror or error}")) from None
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{start}{error}") from None
+        raise ConfigError(_placed(name, str(error))) from None
+
+
+def _placed(section: str | None, message: str) -> str:
+    """`model.top_k is ...` where a message begins with an option, else `model: ...`."""
+    if section is None:
+        return message
+    return f"{section}{'.' if re.match(r'[a-z_0-9]+ is ', message) else ': '}{message}"
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

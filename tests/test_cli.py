@@ -1,0 +1,144 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsemem.cli import INTERRUPTED, USER_ERROR, app
+from sparsemem.models.registry import MODELS
+from sparsemem.tasks import TASKS
+
+pytestmark = pytest.mark.usefixtures("plain_errors")
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model: {name: sam, hidden_size: 12, num_slots: 1048576, slot_dim: 6, num_heads: 1, top_k: 2}
+task: {name: copy, bits: 3, max_level: 4}
+training: {steps: 12, batch_size: 2, log_every: 4, evaluate_every: 6, checkpoint_every: 6}
+evaluation: {batches: 2, batch_size: 4}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def sparsemem(*arguments, code=0):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_train_eval_plot_resume(config):
+    result = sparsemem("train", config)
+    assert "model SAM" in result.stderr
+    assert re.search(r"step 12/12: loss \d\.\d+, wrong bits \d", result.stderr)
+    assert "next: sparsemem eval runs/tiny, sparsemem plot runs/tiny" in result.stderr
+    run = Path("runs/tiny")
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["train", "validation", "train", "train", "validation"]
+
+    result = sparsemem("eval", "runs/tiny", "--set", "evaluation.level=7")
+    line = result.stdout.splitlines()[-1]
+    written = json.loads((run / "eval.json").read_text())
+    assert line == f"wrong bits a sequence: {written['metric']:.4g} (level 7, 8 sequences)"
+    assert 15 <= written["touched"] <= 17  # a fresh slot a step, and rows read before one is full
+
+    result = sparsemem("plot", "runs/tiny")
+    files = [Path(line) for line in result.stdout.splitlines()]
+    assert [file.name for file in files] == ["memory.png", "learning.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+    result = sparsemem("train", "--resume", "runs/tiny", "--set", "training.steps=14")
+    assert "going on from step 12" in result.stderr
+    result = sparsemem("train", config, "--resume", "runs/tiny", "--set", "training.steps=15")
+    assert "going on from step 14" in result.stderr
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "step-00000015"
+
+    sparsemem("train", config, "--run", "mine")
+    assert (Path("mine") / "config.yaml").exists()
+
+
+def test_models_and_tasks_are_listed_with_their_options():
+    listed = sparsemem("models").stdout
+    assert all(re.search(rf"^{name} +\w", listed, re.M) for name in MODELS)
+    assert re.search(r"^    num_slots +1048576$", listed, re.M)
+    assert re.search(r"^    hidden_size +required$", listed, re.M)
+    listed = sparsemem("tasks").stdout
+    assert all(re.search(rf"^{name} +\w", listed, re.M) for name in TASKS)
+    assert re.search(r"^    path +required$", listed, re.M)
+    assert "seed" not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "expected CONFIG.yaml to train, or --resume RUN to go on with a run"),
+        (["train", "nope.yaml"], "cannot read config nope.yaml: No such file or directory"),
+        (["train", "tiny.yaml", "--resume", "x", "--run", "y"], "--run and --resume: expected one"),
+        (
+            ["train", "tiny.yaml", "--set", "training.stepz=3"],
+            "unknown key training.stepz: did you",
+        ),
+        (["train", "tiny.yaml", "--set", "foo"], "--set foo: expected key=value"),
+        (["train", "tiny.yaml", "--run", "full"], "run folder full is not empty: choose another"),
+        (["train", "--resume", "nope"], "run folder nope does not exist"),
+        (["eval", "full"], "full is not a run folder: it has no config.yaml"),
+        (["plot", "nope"], "run folder nope does not exist"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(config, arguments, message):
+    Path("full").mkdir()
+    Path("full/file").write_text("")
+    result = sparsemem(*arguments, code=USER_ERROR)
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert not Path("runs").exists(), "nothing was made"
+
+
+def test_a_damaged_checkpoint_is_refused_by_resume_and_eval(config):
+    sparsemem("train", config, "--run", "run")
+    file = Path("run/checkpoints/step-00000012/tensors.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    metrics = Path("run/metrics.jsonl").read_bytes()
+    for arguments in (["train", "--resume", "run"], ["eval", "run", "--checkpoint", "last"]):
+        result = sparsemem(*arguments, code=USER_ERROR)
+        assert result.stderr.startswith(f"error: {file} is torn: ")
+    assert Path("run/metrics.jsonl").read_bytes() == metrics
+
+
+def test_plot_without_matplotlib_says_what_to_install(config, monkeypatch):
+    sparsemem("train", config, "--run", "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "sparsemem.training.plots", raising=False)
+    monkeypatch.delattr(sys.modules["sparsemem.training"], "plots", raising=False)
+    result = sparsemem("plot", "run", code=USER_ERROR)
+    assert "matplotlib, which is not installed: pip install 'sparsemem[viz]'" in result.stderr
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_going_on_works(config):
+    settings = ["--set", "training.steps=100000", "--set", "training.evaluate_every=null"]
+    command = [sys.executable, "-m", "sparsemem.cli", "train", config, "--run", "run", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stderr:
+            if line.startswith("step 8/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == INTERRUPTED
+    assert "go on with: sparsemem train --resume run" in rest
+    assert "Traceback" not in rest
+    step = int(re.search(r"saved run/checkpoints/step-(\d+)", rest).group(1))
+    result = sparsemem("train", "--resume", "run", "--set", f"training.steps={step + 1}")
+    assert f"going on from step {step}" in result.stderr
+    steps = [json.loads(x)["step"] for x in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)), "no line twice"

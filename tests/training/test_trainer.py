@@ -1,0 +1,282 @@
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
+from sparsemem.training.config import make_config
+from sparsemem.training.errors import CheckpointError, ConfigError, RunError
+from sparsemem.training.launch import evaluate_run, resume
+from sparsemem.training.run import RunFolder
+from sparsemem.training.setup import prepare
+from sparsemem.training.trainer import Outcome, Trainer
+
+pytestmark = pytest.mark.usefixtures("plain_errors")
+TIMES = {"seconds"}
+
+
+def train(trainer, run, progress=None):
+    with run.lock():
+        return trainer.train(run, progress)
+
+
+def contents(run):
+    """Everything that a run has led to, apart from times: checkpoint and metrics."""
+    checkpoint = load_checkpoint(run.newest_checkpoint())
+    manifest = {k: v for k, v in checkpoint.manifest.items() if k not in TIMES | {"files"}}
+    metrics = [{k: v for k, v in r.items() if k not in TIMES} for r in run.metrics()]
+    return checkpoint.tensors, json.dumps(manifest, sort_keys=True), metrics
+
+
+def assert_same(one, other):
+    assert one[0].keys() == other[0].keys()
+    for name, tensor in one[0].items():
+        assert torch.equal(tensor, other[0][name]), name
+    assert one[1] == other[1]
+    assert one[2] == other[2]
+
+
+CHANGES = {
+    "adam": {},
+    "schedule": {"schedule": {"name": "cosine", "warmup": 3}},
+    "truncated": {"truncate": 3},
+    "rmsprop": {"optimizer": {"name": "rmsprop", "learning_rate": 0.01, "momentum": 0.9}},
+    "double": {"dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("model", ["sam", "dnc"])
+def test_resume_is_bit_for_bit(tree, new_run, stop_at, model, change):
+    if model == "dnc":
+        tree["model"] = {"name": "dnc", "hidden_size": 10, "num_slots": 8, "slot_dim": 4}
+    tree["training"] |= CHANGES[change]
+    tree["curriculum"] = {"name": "exponential", "threshold": 5.0, "window": 6}
+    trainer, whole = new_run("whole", tree)
+    assert train(trainer, whole) is Outcome.FINISHED
+    expected = contents(whole)
+    assert [r["step"] for r in expected[2] if r["kind"] == "train"] == [4, 8, 12, 16, 20]
+    assert json.loads(expected[1])["curriculum"]["hardest"] == 4
+
+    # Ctrl-C in the middle of a logging window, twice; the process forgets everything.
+    trainer, parts = new_run("parts", tree)
+    for steps in (7, 6):
+        stop = stop_at(steps, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert train(trainer, parts, stop) is Outcome.INTERRUPTED
+        torch.manual_seed(123)
+        trainer = Trainer(prepare(parts.config()))
+        trainer.restore(parts.newest_checkpoint())
+    assert trainer.step == 13
+    parts.cut_metrics(13)
+    assert train(trainer, parts) is Outcome.FINISHED
+    assert_same(contents(parts), expected)
+
+
+def test_resume_after_a_crash_cuts_what_the_checkpoint_does_not_know(tree, new_run, stop_at):
+    trainer, whole = new_run("whole", tree)
+    train(trainer, whole)
+    trainer, crashed = new_run("crashed", tree)
+
+    class Crash(BaseException):
+        pass
+
+    def crash():
+        raise Crash
+
+    with pytest.raises(Crash):
+        train(trainer, crashed, stop_at(18, crash))
+    assert [step for step, _ in list_checkpoints(crashed.checkpoints)][-1] < 16
+    assert crashed.metrics()[-1]["step"] == 16
+    with open(crashed.metrics_file, "a") as file:
+        file.write('{"kind": "train", "st')  # torn by the crash
+    assert resume(crashed, crashed.config(), lambda line: None) is Outcome.FINISHED
+    assert_same(contents(crashed), contents(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave_and_handlers_come_back(tree, new_run, stop_at, number):
+    before = signal.getsignal(number)
+    trainer, run = new_run("run", tree)
+    outcome = train(trainer, run, stop_at(3, lambda: os.kill(os.getpid(), number)))
+    assert outcome is Outcome.INTERRUPTED
+    assert list_checkpoints(run.checkpoints)[-1][0] == 3
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_leaves_at_once(tree, new_run, stop_at):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer, run = new_run("run", tree)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, run, stop_at(3, twice))
+    assert list_checkpoints(run.checkpoints) == []
+
+
+def test_training_in_another_thread_needs_no_signals(tree, new_run):
+    trainer, run = new_run("run", tree)
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(train(trainer, run)))
+    thread.start()
+    thread.join()
+    assert outcomes == [Outcome.FINISHED]
+
+
+def test_a_diverged_run_names_step_and_checkpoint_and_keeps_them(tree, new_run, stop_at):
+    trainer, run = new_run("run", tree)
+    good = run.checkpoints / "step-00000005"
+
+    def poison():
+        with torch.no_grad():
+            trainer.model.output.bias.fill_(float("nan"))
+
+    message = rf"the loss is nan at step 8 \(level \d\); the last checkpoint is {good};"
+    with pytest.raises(RunError, match=message):
+        train(trainer, run, stop_at(7, poison))
+    assert list_checkpoints(run.checkpoints) == [(5, good)]
+    assert all(t.isfinite().all() for t in load_checkpoint(good).part("model").values())
+
+
+def test_stop_below_ends_the_run_and_stays_ended(tree, new_run):
+    tree["training"] |= {"stop_below": 1000.0}
+    trainer, run = new_run("run", tree)
+    assert train(trainer, run) is Outcome.REACHED
+    assert trainer.step == 5
+    assert resume(run, run.config(), lambda line: None) is Outcome.REACHED
+    assert run.newest_checkpoint().name == "step-00000005"
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation(tree, new_run):
+    tree["training"] |= {"steps": 60, "evaluate_every": 3, "keep_checkpoints": 1}
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    validations = [r for r in run.metrics() if r["kind"] == "validation"]
+    best = min(validations, key=lambda record: (record["metric"], record["step"]))
+    assert run.best_checkpoint().name == f"step-{best['step']:08d}"
+    kept = {step for step, _ in list_checkpoints(run.checkpoints)}
+    assert kept == {best["step"], 60}
+
+
+def test_the_last_k_checkpoints_are_kept(tree, new_run):
+    tree["training"] |= {"evaluate_every": None, "checkpoint_every": 4, "keep_checkpoints": 2}
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [16, 20]
+    assert run.best_checkpoint() == run.newest_checkpoint()
+
+
+def test_metrics_are_means_since_the_last_record(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    tree["training"]["log_every"] = 1
+    trainer, fine = new_run("fine", tree)
+    train(trainer, fine)
+    losses = [r["loss"] for r in fine.metrics() if r["kind"] == "train"]
+    coarse = [r["loss"] for r in run.metrics() if r["kind"] == "train"]
+    assert coarse == pytest.approx([sum(losses[i : i + 4]) / 4 for i in range(0, 20, 4)])
+    record = run.metrics()[0]
+    names = "kind step loss metric touched gradient_norm level learning_rate seconds"
+    assert set(record) == set(names.split())
+
+
+def test_tensorboard_gets_the_same_numbers(tree, new_run):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    events = reader.EventAccumulator(str(run.events))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(r["step"], r["loss"]) for r in run.metrics() if r["kind"] == "train"]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected])
+
+
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tree, new_run, monkeypatch):
+    trainer, run = new_run("run", tree)
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith("step-00000010"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="step-00000010: No space left on device"):
+        train(trainer, run)
+    monkeypatch.undo()
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [5]
+    load_checkpoint(run.newest_checkpoint())
+
+
+def test_a_resumed_run_keeps_its_config(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    before = run.metrics_file.read_bytes(), run.config_file.read_bytes()
+    tree["training"]["optimizer"]["learning_rate"] = 0.5
+    message = r"^training.optimizer.learning_rate is 0.5, expected 0.01 as in .*config.yaml: a resu"
+    with pytest.raises(ConfigError, match=message):
+        resume(run, make_config(tree))
+    assert (run.metrics_file.read_bytes(), run.config_file.read_bytes()) == before
+
+
+def test_more_steps_are_the_same_as_asked_for_at_once(tree, new_run):
+    trainer, whole = new_run("whole", tree)
+    train(trainer, whole)
+    tree["training"]["steps"] = 10
+    trainer, parts = new_run("parts", tree)
+    train(trainer, parts)
+    tree["training"]["steps"] = 20
+    resume(parts, make_config(tree), lambda line: None)
+    assert_same(contents(parts), contents(whole))
+    assert parts.config().training.steps == 20
+
+
+def test_a_checkpoint_of_another_model_changes_nothing(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    tree["model"]["hidden_size"] = 13
+    trainer, _ = new_run("other", tree)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    message = r"step-00000020 is of another model: parameter .* expected torch.float32 \[52, 16\]"
+    with pytest.raises(CheckpointError, match=message):
+        trainer.restore(run.newest_checkpoint())
+    assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
+    tree["model"] = {"name": "lstm", "hidden_size": 12}
+    trainer, _ = new_run("third", tree)
+    with pytest.raises(CheckpointError, match=r"is of model 'sam', expected 'lstm'"):
+        trainer.restore(run.newest_checkpoint())
+
+
+def test_two_trainers_on_one_run_are_refused(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    with run.lock(), pytest.raises(RunError, match=r"is being trained by another process"):
+        resume(RunFolder.open(run.path), run.config())
+
+
+def test_evaluation_of_a_run_is_repeatable_and_written_down(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    result, step = evaluate_run(run, run.config(), "last")
+    assert step == 20
+    assert (result.split, result.level, result.sequences) == ("test", 4, 8)
+    assert result == evaluate_run(run, run.config(), "last")[0]
+    written = json.loads(run.evaluation_file.read_text())
+    assert written["metric"] == result.metric
+    assert written["step"] == 20
+    validation = evaluate_run(run, run.config(), "last", "validation")[0]
+    recorded = [r for r in run.metrics() if r["kind"] == "validation"][-1]
+    assert (validation.metric, validation.loss) == (recorded["metric"], recorded["loss"])
+
+
+def test_the_thread_count_is_set(tree, new_run):
+    tree["training"]["threads"] = 2
+    try:
+        new_run("run", tree)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
