@@ -11,7 +11,7 @@ from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError
 from sparsemem.training.evaluate import Result, evaluate, predictor
 from sparsemem.training.run import RunFolder
-from sparsemem.training.setup import Setup, differing_keys, load_model, prepare
+from sparsemem.training.setup import Setup, check_split, differing_keys, load_model, prepare
 from sparsemem.training.trainer import Outcome, Trainer
 
 # What may change between the parts of a run. Anything else would make it another run.
@@ -31,7 +31,7 @@ RESUME_MAY_CHANGE = {
 
 def start(config: Config, path: Path, announce: Callable[[str], Any] = print) -> Outcome:
     """Train from the beginning in a new run folder."""
-    trainer = Trainer(prepare(config))
+    trainer = _trainer(prepare(config))
     run = RunFolder.create(path, trainer.config)
     announce(f"run {path}")
     with run.lock():
@@ -45,13 +45,19 @@ def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = prin
     """
     setup = prepare(config)
     _check_same_run(run, setup.config)
-    trainer = Trainer(setup)
+    trainer = _trainer(setup)
     with run.lock():
         trainer.restore(run.newest_checkpoint())
         run.cut_metrics(trainer.step)
         run.write_config(setup.config)
         announce(f"run {run.path}, going on from step {trainer.step}")
         return trainer.train(run)
+
+
+def _trainer(setup: Setup) -> Trainer:
+    if setup.config.training.evaluate_every is not None:
+        check_split(setup, "validation")
+    return Trainer(setup)
 
 
 def _check_same_run(run: RunFolder, config: Config) -> None:
@@ -88,6 +94,7 @@ def evaluate_run(
 ) -> tuple[Result, int]:
     """Evaluate a run's checkpoint and write eval.json; returns the result and the step."""
     setup, step = load_run(run, config, which)
+    check_split(setup, split)
     wanted = setup.config.evaluation
     assert wanted.level is not None  # resolved
     result = evaluate(

@@ -84,7 +84,8 @@ def plot_run(run: RunFolder, setup: Setup) -> list[Path]:
 def record(model: MemoryModel, task: Task, batch: Batch) -> Trace:
     """Run the first sequence of a batch, one time step a call, and keep what was accessed."""
     model.eval()
-    first = Batch(*(part[:1] for part in batch)).to(next(model.parameters()).device)
+    end = int(batch.mask[0].nonzero().max()) + 1  # what follows is padding
+    first = Batch(*(part[:1, :end] for part in batch)).to(next(model.parameters()).device)
     state: Any = None
     outputs, accesses = [], []
     for step in range(first.input.shape[1]):

@@ -47,6 +47,13 @@ def prepare(config: Config) -> Setup:
     return Setup(resolved, task, build_task(config, config.evaluation.batch_size), model)
 
 
+def check_split(setup: Setup, split: str) -> None:
+    """ConfigError if there is nothing to evaluate on in a split, before hours of training."""
+    wanted = setup.config.evaluation
+    with _section(None):
+        next(iter(setup.evaluation_task.evaluation_batches(split, 1, wanted.level)))
+
+
 def build_task(config: Config, batch_size: int) -> Task:
     """The config's task, giving batches of `batch_size`."""
     given = {

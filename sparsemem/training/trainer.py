@@ -7,6 +7,7 @@ the metrics not yet recorded. So a resumed run equals an uninterrupted one bit f
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import closing
 from enum import Enum
@@ -136,15 +137,13 @@ class Trainer:
                 training.gradient_clip,
             )
         except Diverged as error:
-            back = (
-                f"the last checkpoint is {self._saved[1]}" if self._saved else "no checkpoint yet"
-            )
-            raise RunError(
-                f"{error} at step {self.step + 1} (level {level}); {back};"
-                " a lower learning rate or gradient_clip may help"
-            ) from None
+            raise self._diverged(f"{error} at step {self.step + 1} (level {level})") from None
         self.schedule.step()
         return result
+
+    def _diverged(self, what: str) -> RunError:
+        back = f"the last checkpoint is {self._saved[1]}" if self._saved else "no checkpoint yet"
+        return RunError(f"{what}; {back}; a lower learning rate or gradient_clip may help")
 
     def _add(self, result: BatchResult, level: int) -> dict[str, float]:
         """Add a batch to the sums; returns the means since the last record."""
@@ -170,6 +169,8 @@ class Trainer:
             batches=wanted.batches,
         )
         self.seconds += time.perf_counter() - start
+        if not math.isfinite(result.loss):
+            raise self._diverged(f"the validation loss is {result.loss} at step {self.step}")
         self.validation = {"step": self.step, "metric": result.metric}
         log.write(
             "validation",
@@ -194,6 +195,9 @@ class Trainer:
         """Save the present step, unless that is done, and prune older checkpoints."""
         if self._saved is not None and self._saved[0] == self.step:
             return
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._diverged(f"parameter {name} is not finite after step {self.step}")
         log.sync()  # records up to here must outlive a crash if the checkpoint does
         tensors, state = self.state()
         self._saved = self.step, save_checkpoint(run.checkpoints, self.step, tensors, state)

@@ -3,7 +3,8 @@ import torch
 
 from sparsemem.training.config import make_config, override
 from sparsemem.training.errors import ConfigError
-from sparsemem.training.setup import describe, differing_keys, prepare
+from sparsemem.training.launch import start
+from sparsemem.training.setup import check_split, describe, differing_keys, prepare
 
 pytestmark = pytest.mark.usefixtures("plain_errors")
 
@@ -66,6 +67,23 @@ def test_a_level_that_the_task_lacks(tree):
     tree["curriculum"] = {"minimum": 1}
     with pytest.raises(ConfigError, match=r"^curriculum.minimum is 1, expected at least 2$"):
         prepare(make_config(tree))
+
+
+def test_an_empty_split_is_refused_before_training(tree, tmp_path):
+    folder = tmp_path / "en-10k"
+    folder.mkdir()
+    story = "1 Mary went to the hall.\n2 Where is Mary?\thall\t1\n"
+    for part in ("train", "test"):
+        (folder / f"qa1_single-supporting-fact_{part}.txt").write_text(story)
+    options = {"path": str(tmp_path), "tasks": [1], "validation_fraction": 0.0}
+    tree["task"] = {"name": "babi", **options}
+    setup = prepare(make_config(tree))
+    check_split(setup, "test")
+    with pytest.raises(ConfigError, match=r"^split is 'validation', which has no stories"):
+        check_split(setup, "validation")
+    with pytest.raises(ConfigError, match=r"which has no stories"):
+        start(setup.config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_description_says_what_runs(tree):

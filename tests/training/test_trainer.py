@@ -141,6 +141,24 @@ def test_a_diverged_run_names_step_and_checkpoint_and_keeps_them(tree, new_run, 
     assert all(t.isfinite().all() for t in load_checkpoint(good).part("model").values())
 
 
+@pytest.mark.parametrize("due", ["evaluate_every", "checkpoint_every"])
+def test_broken_parameters_are_neither_validated_nor_saved(tree, new_run, stop_at, due):
+    tree["training"] |= {"evaluate_every": None, "checkpoint_every": 3} | {due: 3}
+    trainer, run = new_run("run", tree)
+
+    def poison():
+        with torch.no_grad():
+            trainer.model.output.bias.fill_(float("inf"))
+
+    message = {
+        "evaluate_every": r"^the validation loss is (nan|inf) at step 6; the last checkpoint is ",
+        "checkpoint_every": r"^parameter output.bias is not finite after step 6; the last check",
+    }[due]
+    with pytest.raises(RunError, match=message):
+        train(trainer, run, stop_at(6, poison))
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [3]
+
+
 def test_stop_below_ends_the_run_and_stays_ended(tree, new_run):
     tree["training"] |= {"stop_below": 1000.0}
     trainer, run = new_run("run", tree)
