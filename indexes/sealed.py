@@ -15,6 +15,7 @@ from sparsemem.indexes.ranking import top_k
 
 PROBED_LISTS = 16
 SPARE_CANDIDATES = 8  # more than k are asked for: FAISS computes in float32, off the grid
+TAIL = 2048  # rows that are scanned before they are sealed together
 TRAINING_POINTS = 32  # a centroid
 ITERATIONS = 6
 
@@ -23,8 +24,8 @@ class SealedRows:
     """FAISS inverted lists over rows 0 .. sealed - 1 of B growing tables, by cosine.
 
     Reads see every write: rows behind the sealed ones (the tail) are scanned, and a sealed row
-    that changes is updated in its list at once. The tail is sealed when it is a quarter of the
-    rows; the lists are trained anew when the rows have doubled. The index only proposes rows:
+    that changes is updated in its list at once. The tail is sealed when it has grown long; the
+    lists are trained anew when the rows have doubled. The index only proposes rows:
     the caller scores them.
     """
 
@@ -43,7 +44,7 @@ class SealedRows:
             return False
         if extent >= 2 * self._trained_at:
             self._train(extent, rows, norms)
-        elif extent >= self.sealed + max(self.minimum, self.sealed) // 4:
+        elif extent >= self.sealed + TAIL:
             for lists, vectors in zip(
                 self._lists, unit_rows(rows, norms, slice(self.sealed, extent)), strict=True
             ):

@@ -22,7 +22,7 @@ from sparsemem.models.controller import (
     map_tensors,
 )
 
-INDEX_AFTER = 16_384  # touched rows; below, an exact scan is faster than the index
+INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
 
 # Where the gates start (docs/architecture.md): write to fresh slots, read sharply.
 STRENGTH_BIAS = 8.0
