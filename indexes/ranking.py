@@ -1,7 +1,8 @@
 """The one definition of "best first": by score, descending, then by position, ascending.
 
 Scores are compared on a grid that is coarser than rounding noise, so that rows which
-are multiples of one another tie, whatever kernel computed their scores.
+are multiples of one another tie (unless noise straddles the edge of a grid cell, which is
+rare), whatever kernel computed their scores.
 """
 
 import torch

@@ -16,6 +16,7 @@ from sparsemem.indexes.ranking import top_k
 PROBED_LISTS = 16
 SPARE_CANDIDATES = 8  # more than k are asked for: FAISS computes in float32, off the grid
 TAIL = 2048  # rows that are scanned before they are sealed together
+CHANGES = 4  # changes of a sealed row, on average, before the lists are trained anew
 TRAINING_POINTS = 32  # a centroid
 ITERATIONS = 6
 
@@ -25,8 +26,8 @@ class SealedRows:
 
     Reads see every write: rows behind the sealed ones (the tail) are scanned, and a sealed row
     that changes is updated in its list at once. The tail is sealed when it has grown long; the
-    lists are trained anew when the rows have doubled. The index only proposes rows:
-    the caller scores them.
+    lists are trained anew when the rows have doubled or changed. The index only proposes rows: the
+    caller scores them.
     """
 
     def __init__(self, batch_size: int, width: int, minimum: int) -> None:
@@ -34,21 +35,25 @@ class SealedRows:
         self.minimum = minimum
         self.sealed = 0
         self._trained_at = 0
+        self._changed = 0  # sealed rows changed since the lists were trained
         self._lists: list[Any] = [None] * batch_size
 
     def absorb(
-        self, extent: int, rows: Float[Tensor, "B M W"], norms: Float[Tensor, "B M"]
+        self, touched: Int[Tensor, " B"], rows: Float[Tensor, "B M W"], norms: Float[Tensor, "B M"]
     ) -> bool:
-        """Seal what is due of the first `extent` rows; False while an exact scan is cheaper."""
+        """Seal what is due of the rows that all episodes have touched; False while there are few.
+
+        An exact scan is cheaper then.
+        """
+        extent = int(touched.min())
         if extent < self.minimum or load_faiss() is None:
             return False
-        if extent >= 2 * self._trained_at:
+        if extent >= 2 * self._trained_at or self._changed >= CHANGES * self._trained_at:
             self._train(extent, rows, norms)
         elif extent >= self.sealed + TAIL:
-            for lists, vectors in zip(
-                self._lists, unit_rows(rows, norms, slice(self.sealed, extent)), strict=True
-            ):
-                lists.add(vectors)
+            for element, lists in enumerate(self._lists):
+                # From where these lists end: an interrupted call may have added to some.
+                lists.add(unit_rows(rows[element], norms[element], slice(lists.ntotal, extent)))
             self.sealed = extent
         return True
 
@@ -61,8 +66,9 @@ class SealedRows:
         for element, lists in enumerate(self._lists):
             changed = torch.unique(ids[element][ids[element] < self.sealed])
             if len(changed):
-                vectors = rows[element, changed] * norms[element, changed].unsqueeze(-1)
-                lists.update_vectors(changed.cpu().numpy(), to_numpy(vectors))
+                vectors = unit_rows(rows[element], norms[element], changed)
+                lists.update_vectors(changed.cpu().numpy(), vectors)
+        self._changed += ids.shape[1]
 
     def candidates(
         self,
@@ -80,7 +86,7 @@ class SealedRows:
         tail = torch.bmm(queries, rows[:, start:].mT) * norms[:, start:].unsqueeze(1)
         found = [
             lists.search(query, k + SPARE_CANDIDATES)[1]
-            for lists, query in zip(self._lists, to_numpy(queries), strict=True)
+            for lists, query in zip(self._lists, to_numpy(queries.nan_to_num(0, 0, 0)), strict=True)
         ]
         sealed = torch.from_numpy(np.stack(found)).to(queries.device)
         sealed = sealed.masked_fill(sealed >= start, -1)  # those are in the tail
@@ -92,26 +98,36 @@ class SealedRows:
         return ids.clamp(min=0), scores.masked_fill(ids < 0, -torch.inf)
 
     def _train(self, extent: int, rows: Tensor, norms: Tensor) -> None:
-        faiss = load_faiss()
-        for element, vectors in enumerate(unit_rows(rows, norms, slice(0, extent))):
-            count = max(1, int(2 * extent**0.5))
-            lists = faiss.IndexIVFFlat(
-                faiss.IndexFlatIP(self.width), self.width, count, faiss.METRIC_INNER_PRODUCT
-            )
-            lists.cp.niter = ITERATIONS
-            lists.cp.max_points_per_centroid = TRAINING_POINTS
-            lists.cp.min_points_per_centroid = 1
-            lists.nprobe = PROBED_LISTS
-            lists.train(vectors)
-            lists.set_direct_map_type(faiss.DirectMap.Array)
-            lists.add(vectors)
-            self._lists[element] = lists
+        self._lists = [
+            trained_lists(unit_rows(rows[element], norms[element], slice(0, extent)))
+            for element in range(len(rows))
+        ]
         self.sealed = self._trained_at = extent
+        self._changed = 0
 
 
-def unit_rows(rows: Tensor, norms: Tensor, which: slice) -> Any:
-    """Rows scaled by their inverse norms, as float32 numpy [B, n, W]."""
-    return to_numpy(rows[:, which] * norms[:, which].unsqueeze(-1))
+def trained_lists(vectors: Any) -> Any:
+    """FAISS inverted lists that hold unit vectors [n, W] and can update them in place."""
+    faiss = load_faiss()
+    count, width = max(1, int(2 * len(vectors) ** 0.5)), vectors.shape[1]
+    metric = faiss.METRIC_INNER_PRODUCT
+    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, count, metric)
+    lists.cp.niter = ITERATIONS
+    lists.cp.max_points_per_centroid = TRAINING_POINTS
+    lists.cp.min_points_per_centroid = 1
+    lists.nprobe = PROBED_LISTS
+    lists.train(vectors)
+    lists.set_direct_map_type(faiss.DirectMap.Array)
+    lists.add(vectors)
+    return lists
+
+
+def unit_rows(
+    rows: Float[Tensor, "M W"], norms: Float[Tensor, " M"], which: slice | Int[Tensor, " n"]
+) -> Any:
+    """Rows scaled by their inverse norms, as float32 numpy [n, W]; NaN becomes 0."""
+    # FAISS refuses NaN; a diverged network is the training loop's to report.
+    return to_numpy((rows[which] * norms[which].unsqueeze(-1)).nan_to_num(0, 0, 0))
 
 
 def to_numpy(tensor: Tensor) -> Any:

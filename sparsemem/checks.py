@@ -39,3 +39,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return `value` if it is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return value
+
+
+def check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
+    """Refuse a tensor of another dtype or device than the model's parameters."""
+    if tensor.dtype != parameter.dtype or tensor.device != parameter.device:
+        raise TypeError(
+            f"{name} is {tensor.dtype} on {tensor.device}, the model's parameters are"
+            f" {parameter.dtype} on {parameter.device}"
+        )

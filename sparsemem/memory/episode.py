@@ -84,7 +84,7 @@ class EpisodeStore:
         visible = min(self.extent + k, self.num_slots)
         self.reserve(visible)
         scaled = queries * inverse_norm(queries).unsqueeze(-1)
-        if self.sealed is not None and self.sealed.absorb(self.extent, self.rows, self.norms):
+        if self.sealed is not None and self.sealed.absorb(self.touched, self.rows, self.norms):
             rows, norms = self.rows[:, :visible], self.norms[:, :visible]
             candidates, scores = self.sealed.candidates(scaled, k, rows, norms)
             return candidates.gather(2, top_k(scores, k))
@@ -184,7 +184,7 @@ class Episode:
         """The `count` least recently accessed slots; never-accessed ones first, ties by id."""
         self._check_current()
         check_at_most("count", check_size("count", count), "num_slots", self.num_slots)
-        return self._store.order.least_recent(count, 4 * count)
+        return self._store.order.least_recent(count)
 
     def write(
         self,
@@ -197,11 +197,12 @@ class Episode:
         self._check_current()
         self._check_ids("ids", ids)
         self._check_ids("erase", erase)
+        self._check_like("weights", weights, tuple(ids.shape))
+        self._check_like("words", words, (*ids.shape[:2], self._store.rows.shape[2]))
         store = self._store
         store.version += 1
         arguments = (self._token, weights, words, ids, erase, self._tape)
-        token = WriteRows.apply(*arguments)  # type: ignore[no-untyped-call]
-        return Episode(store, self._tape, token, self._tape.length - 1)
+        return self._next(WriteRows.apply(*arguments))  # type: ignore[no-untyped-call]
 
     def search(self, queries: Float[Tensor, "B H W"], k: int) -> Int[Tensor, "B H K"]:
         """Slots of the k rows of largest cosine similarity, best first, ties by slot."""
@@ -217,20 +218,31 @@ class Episode:
         self._store.touch(ids)
         self._store.reserve(self._store.extent)
         rows, token = ReadRows.apply(self._token, ids, self._tape)  # type: ignore[no-untyped-call]
-        return rows, Episode(self._store, self._tape, token, self._tape.length - 1)
+        return rows, self._next(token)
 
     def mark_accessed(self, accesses: Entries) -> None:
         """End a step: slots whose weights [B, H, S] exceed delta for a head are accessed now."""
         self._check_current()
         self._store.order.mark(accesses.detach())
 
+    def _next(self, token: Tensor) -> Episode:
+        if token.requires_grad:
+            return Episode(self._store, self._tape, token, self._tape.length - 1)
+        return Episode(self._store, Tape(self._store), token, -1)  # no gradient gets past here
+
     def detach(self) -> Episode:
-        """The same memory, from which no gradient flows back. The old handle is used up by it."""
+        """The same memory, from which no gradient flows back.
+
+        Both handles can be read; the first write through one of them uses up the other.
+        """
         self._check_current()
         return Episode(self._store, Tape(self._store), self._token.detach(), -1)
 
     def clone(self) -> Episode:
-        """An independent copy; the gradients of both flow back into what came before."""
+        """An independent copy; the gradients of both flow back into what came before.
+
+        Takes time and space of all touched rows; an index is built anew when it is next needed.
+        """
         self._check_current()
         store = self._store.to(self._store.rows.device, self._store.rows.dtype)
         tape = Tape(store)
@@ -250,12 +262,27 @@ class Episode:
     def _check_current(self) -> None:
         if (self._version, self._operation) != (self._store.version, self._tape.length - 1):
             raise RuntimeError(
-                f"this state was already advanced (from write {self._version}; its memory is at"
-                f" write {self._store.version}): the memory is changed in place, so a state serves"
-                " once; state.clone() forks it"
+                f"this state was already advanced (it is at write {self._version}, operation"
+                f" {self._operation + 1}; its memory at {self._store.version} and"
+                f" {self._tape.length}): the memory is changed in place, so a state serves once;"
+                " state.clone() forks it"
+            )
+
+    def _check_like(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        rows = self._store.rows
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != rows.dtype or tensor.device != rows.device:
+            raise TypeError(
+                f"{name} is {tensor.dtype} on {tensor.device}, the rows are {rows.dtype} on"
+                f" {rows.device}"
             )
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
+        if ids.shape[0] != self.batch_size:
+            raise ValueError(
+                f"{name} has batch size {ids.shape[0]}, the memory has {self.batch_size} episodes"
+            )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_slots:
             wrong = ids[(ids < 0) | (ids >= self.num_slots)][0]
             raise ValueError(f"{name} holds slot {int(wrong)}, expected 0 .. {self.num_slots - 1}")

@@ -13,18 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from sparsemem.memory.episode import EpisodeStore
 
 
+NO_PASS = -1
+
+
 class Tape:
-    """The operations recorded between two detaches, and their gradient buffer."""
+    """The operations recorded between two detaches, and their gradient buffer.
+
+    Operation 0 is the first that a gradient flows through: a pass that reaches it is over.
+    """
 
     def __init__(self, store: EpisodeStore) -> None:
         self.store = store
         self.length = 0
-        self._position: int | None = None  # the last operation whose backward has run
+        self._pass = NO_PASS  # the backward pass that the buffer belongs to
         self._buffer: Tensor | None = None  # [B, capacity, W]
         self._dirty: list[Tensor] = []  # ids [B, n] whose rows of the buffer were added to
         self._pending: dict[int, list[tuple[Tensor, Tensor]]] = {}  # from forks, by operation
@@ -36,13 +43,7 @@ class Tape:
 
     def enter(self, operation: int) -> Tensor:
         """The gradient with respect to the rows after `operation`, at the start of its backward."""
-        if self._position is not None and operation >= self._position:
-            raise RuntimeError(
-                "a second backward pass through steps of a memory while the first one has not"
-                " reached their start: add the losses and call backward once, or fork with"
-                " state.clone(), or cut with state.detach()"
-            )
-        self._position = operation
+        self._begin_pass()
         if self._buffer is None:
             self._buffer = self.store.take_buffer()
         for ids, gradient in self._pending.pop(operation, []):
@@ -51,40 +52,51 @@ class Tape:
 
     def add(self, ids: Tensor, gradient: Tensor) -> None:
         """Add gradient [B, n, W] to rows ids [B, n] (with repetitions)."""
-        assert self._buffer is not None
+        assert self._buffer is not None, "called after enter"
         flat = flatten_ids(ids, self._buffer.shape[1])
         self._buffer.view(-1, gradient.shape[-1]).index_add_(0, flat, gradient.flatten(0, 1))
         self._dirty.append(ids)
 
     def add_later(self, operation: int, ids: Tensor, gradient: Tensor) -> None:
         """Add to the gradient with respect to the rows after `operation`, before it is entered."""
-        if operation >= 0:
-            self._pending.setdefault(operation, []).append((ids, gradient))
+        self._begin_pass()
+        self._pending.setdefault(operation, []).append((ids, gradient))
 
     def leave(self, operation: int) -> None:
-        """After the first operation's backward: clear what was touched, give the buffer back."""
-        if operation > 0 or self._buffer is None:
+        """After the first operation's backward: give the buffer back, all zero."""
+        if operation == 0:
+            self._clear()
+
+    def _begin_pass(self) -> None:
+        # Nothing of an unfinished pass (towards a late input only, or failed) may leak into this.
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._clear()
+            self._pending = {}
+            self._pass = current
+
+    def _clear(self) -> None:
+        if self._buffer is None:
             return
-        width = self._buffer.shape[-1]
+        table = self._buffer.view(-1, self._buffer.shape[-1])
         for ids in self._dirty:
-            flat = flatten_ids(ids, self._buffer.shape[1])
-            self._buffer.view(-1, width).index_fill_(0, flat, 0)
+            table.index_fill_(0, flatten_ids(ids, self._buffer.shape[1]), 0)
         self.store.give_buffer(self._buffer)
-        self._buffer, self._dirty, self._position = None, [], None
+        self._buffer, self._dirty = None, []
+
+    def gradients(self, extent: int) -> tuple[Tensor, Tensor]:
+        """Gradient of the first `extent` rows: ids [B, n], values [B, n, W] (0 where repeated)."""
+        assert self._buffer is not None, "called after enter"
+        ids = torch.cat(self._dirty, 1).sort(1).values
+        dropped = ids >= extent
+        dropped[:, 1:] |= ids[:, 1:] == ids[:, :-1]
+        values = take_rows(self._buffer, ids).masked_fill(dropped.unsqueeze(-1), 0)
+        return ids.masked_fill(dropped, 0), values
 
     @property
     def has_gradients(self) -> bool:
         """Whether anything was added to the buffer."""
         return bool(self._dirty)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Rows with a gradient: ids [B, n], values [B, n, W] (zero where an id repeats)."""
-        assert self._buffer is not None, "called after enter"
-        ids = torch.cat(self._dirty, 1).sort(1).values
-        repeated = torch.zeros_like(ids, dtype=torch.bool)
-        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-        picked = take_rows(self._buffer, ids).masked_fill(repeated.unsqueeze(-1), 0)
-        return ids, picked
 
 
 def flatten_ids(ids: Tensor, capacity: int) -> Tensor:
@@ -110,6 +122,7 @@ class ReadRows(torch.autograd.Function):
         return take_rows(tape.store.rows, ids), token.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, rows_gradient: Tensor, token_gradient: Tensor) -> Any:
         """Add to the buffer."""
         (ids,) = ctx.saved_tensors
@@ -139,6 +152,7 @@ class WriteRows(torch.autograd.Function):
         return token.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, token_gradient: Tensor) -> Any:
         """Take the gradients of weights and words out of the buffer; erased rows' end here."""
         weights, words, ids, erase = ctx.saved_tensors
@@ -160,13 +174,16 @@ class Fork(torch.autograd.Function):
         """The token."""
         ctx.tape, ctx.operation = tape, tape.record()
         ctx.parent, ctx.parent_operation = parent, operation
+        # Rows that the fork touches later have no history in the parent, nor a place there.
+        ctx.extent = parent.store.extent
         return token.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, token_gradient: Tensor) -> Any:
         """Give the parent what is left in the buffer."""
         ctx.tape.enter(ctx.operation)
         if ctx.tape.has_gradients:
-            ctx.parent.add_later(ctx.parent_operation, *ctx.tape.gradients())
+            ctx.parent.add_later(ctx.parent_operation, *ctx.tape.gradients(ctx.extent))
         ctx.tape.leave(ctx.operation)
         return torch.zeros_like(token_gradient), None, None, None

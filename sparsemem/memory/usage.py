@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsemem.memory.entries import Entries, totals
 
 ACCESS_THRESHOLD = 0.005  # delta of Rae et al. 2016, section 3.2
-NEVER = -1
+NEVER = -1  # as a time; as an id: none
 
 
 class AccessOrder:
@@ -28,7 +28,10 @@ class AccessOrder:
         self.last_access = torch.full((batch_size, 0), NEVER, device=device)
         self.lap: Tensor | None = None  # [B, N], once an episode has touched all its slots
         self.lap_start = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        # Entries of the lap before `pointer` are used up, but for those in `kept`: chosen
+        # before, and not accessed after all (-1: none).
         self.pointer = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.kept = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
 
     def grow(self, capacity: int) -> None:
         """Make room for slots 0 .. capacity - 1."""
@@ -43,36 +46,38 @@ class AccessOrder:
         self.last_access.scatter_reduce_(1, accesses.ids.flatten(1), when.flatten(1), "amax")
         self.time += 1
 
-    def least_recent(self, count: int, window: int) -> Int[Tensor, "B count"]:
-        """The `count` least recently accessed slots, ties and never-accessed ones by id.
-
-        `window` entries of the lap are looked at first (then twice as many, and so on), and
-        there must be room for that many slots beyond the touched ones.
-        """
+    def least_recent(self, count: int) -> Int[Tensor, "B count"]:
+        """The `count` least recently accessed slots, ties and never-accessed ones by id."""
+        wanted = max(count, self.kept.shape[1])
+        window = 2 * wanted
         while True:
             window = min(window, self.num_slots)
             position = self.pointer + torch.arange(window, device=self.pointer.device)
-            ids = self._entries(position)
-            free = self._accessed(ids) < self.lap_start
-            rank = (free & (position < self.num_slots)).cumsum(1)
+            ids = torch.cat([self.kept, self._entries(position)], 1)
+            rank = (self._accessed(ids) < self.lap_start).logical_and_(ids >= 0).cumsum(1)
             if bool((rank[:, -1] >= count).all()):
                 break
             if window == self.num_slots:
                 self._begin_lap(rank[:, -1] < count)
             window *= 2
-        wanted = torch.arange(1, count + 1, device=rank.device).expand(len(rank), -1)
-        first = torch.searchsorted(rank, wanted.contiguous())
-        self.pointer += first[:, :1]
-        return ids.gather(1, first)
+        numbers = torch.arange(1, wanted + 1, device=rank.device).expand(len(rank), -1)
+        first = torch.searchsorted(rank, numbers.contiguous())
+        chosen = ids.gather(1, first.clamp(max=ids.shape[1] - 1))
+        chosen = chosen.masked_fill(first == ids.shape[1], NEVER)  # fewer are left than are kept
+        used = first.masked_fill(first == ids.shape[1], 0).amax(1, keepdim=True) + 1
+        self.pointer += (used - self.kept.shape[1]).clamp(min=0)
+        self.kept = chosen
+        return chosen[:, :count]
 
     def _entries(self, position: Tensor) -> Tensor:
-        position = position.clamp(max=self.num_slots - 1)
-        return position if self.lap is None else self.lap.gather(1, position)
+        inside = position.clamp(max=self.num_slots - 1)
+        ids = inside if self.lap is None else self.lap.gather(1, inside)
+        return ids.masked_fill(position >= self.num_slots, NEVER)
 
     def _accessed(self, ids: Tensor) -> Tensor:
         # A slot beyond the capacity has never been touched.
         capacity = self.last_access.shape[1]
-        known = self.last_access.gather(1, ids.clamp(max=capacity - 1))
+        known = self.last_access.gather(1, ids.clamp(0, capacity - 1))
         return torch.where(ids < capacity, known, NEVER)
 
     def _begin_lap(self, which: Tensor) -> None:
@@ -84,12 +89,14 @@ class AccessOrder:
         self.lap[which] = self.last_access[which].argsort(dim=1, stable=True)
         self.lap_start[which] = self.time
         self.pointer[which] = 0
+        # Not in place: the last call gave it out.
+        self.kept = self.kept.masked_fill(which.unsqueeze(1), NEVER)
 
     def to(self, device: torch.device) -> AccessOrder:
         """An independent copy on `device`."""
         copy = AccessOrder(len(self.last_access), self.num_slots, device)
         copy.time = self.time
         copy.lap = None if self.lap is None else self.lap.to(device, copy=True)
-        for name in ("last_access", "lap_start", "pointer"):
+        for name in ("last_access", "lap_start", "pointer", "kept"):
             setattr(copy, name, getattr(self, name).to(device, copy=True))
         return copy

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsemem.checks import check_finite, check_size
+from sparsemem.checks import check_finite, check_like, check_size
 
 
 class Access(NamedTuple):
@@ -48,9 +48,10 @@ class State(Protocol):
 class Cell(nn.Module):
     """One step of a memory network: controller, interface, write, read.
 
-    Subclasses set the three sizes and implement `initial_state` and `forward`.
+    Subclasses set the four and implement `initial_state` and `forward`.
     """
 
+    state_type: type[Any]
     input_size: int
     hidden_size: int
     feature_size: int
@@ -61,8 +62,8 @@ class Cell(nn.Module):
 
     def check_state(self, state: Any, batch_size: int) -> None:
         """Refuse a state of another model or batch size before anything changes."""
-        expected = type(self.initial_state(1))
-        if not isinstance(state, expected):
+        expected = self.state_type
+        if type(state) is not expected:
             raise TypeError(
                 f"state is a {type(state).__name__}, {type(self).__name__} expects"
                 f" {expected.__name__}"
@@ -116,10 +117,5 @@ class MemoryModel(nn.Module):
                 f"input has shape {tuple(input.shape)}, expected [batch, steps, {self.input_size}]"
                 " with at least one sequence and one step"
             )
-        weight = self.output.weight
-        if input.dtype != weight.dtype or input.device != weight.device:
-            raise TypeError(
-                f"input is {input.dtype} on {input.device}, the model's parameters are"
-                f" {weight.dtype} on {weight.device}"
-            )
+        check_like("input", input, self.output.weight)
         check_finite("input", input)

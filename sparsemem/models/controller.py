@@ -11,17 +11,33 @@ ControllerState = Any  # a tensor or a nested tuple of tensors, batch first
 ControllerFactory = Callable[[int, int], nn.Module]
 
 
+def lstm_cell(input_size: int, hidden_size: int) -> nn.LSTMCell:
+    """An LSTM cell that starts out remembering: its forget gate's bias is raised by 1.
+
+    Jozefowicz et al. 2015, "An empirical exploration of recurrent network architectures".
+    """
+    cell = nn.LSTMCell(input_size, hidden_size)
+    with torch.no_grad():
+        cell.bias_ih[hidden_size : 2 * hidden_size] += 1
+    return cell
+
+
 class LSTMController(nn.Module):
     """One LSTM layer; hidden and cell state start at zero."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.cell = nn.LSTMCell(input_size, hidden_size)
+        self.cell = lstm_cell(input_size, hidden_size)
 
     def forward(
         self, input: Float[Tensor, "B I"], state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B hidden"], tuple[Tensor, Tensor]]:
         """Advance one step; returns (hidden, (hidden, cell))."""
+        if state is not None and state[0].shape[1] != self.cell.hidden_size:
+            raise ValueError(
+                f"state has hidden_size {state[0].shape[1]}, the controller has"
+                f" {self.cell.hidden_size}"
+            )
         hidden, memory = self.cell(input, state)
         return hidden, (hidden, memory)
 
@@ -34,10 +50,3 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return function(tree)
     parts = (map_tensors(function, part) for part in tree)
     return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-
-
-def batch_size_of(tree: Any) -> int:
-    """Batch size of a nested tuple of tensors (their first dimension)."""
-    while not isinstance(tree, torch.Tensor):
-        tree = tree[0]
-    return int(tree.shape[0])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsemem.checks import check_size
+from sparsemem.checks import check_like, check_size
 from sparsemem.models.base import Access, Cell
 from sparsemem.models.controller import ControllerFactory
 
@@ -50,15 +50,6 @@ class DenseCell(Cell):
                 f"state has num_slots, slot_dim, num_heads = {theirs}, the model has {ours}"
             )
         check_like("state", rows, weight)
-
-
-def check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
-    """Refuse a tensor of another dtype or device than the model's parameters."""
-    if tensor.dtype != parameter.dtype or tensor.device != parameter.device:
-        raise TypeError(
-            f"{name} is {tensor.dtype} on {tensor.device}, the model's parameters are"
-            f" {parameter.dtype} on {parameter.device}"
-        )
 
 
 def features(

@@ -127,6 +127,8 @@ class DNCCell(DenseCell):
     Raises `ValueError` or `TypeError` for a size that is not an int of at least 1.
     """
 
+    state_type = DNCState
+
     def __init__(
         self,
         input_size: int,

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsemem.checks import check_size
+from sparsemem.checks import check_like, check_size
 from sparsemem.models.base import Cell, MemoryModel
-from sparsemem.models.dense import check_like
+from sparsemem.models.controller import lstm_cell
 
 
 class LSTMState(NamedTuple):
@@ -50,12 +50,14 @@ class LSTMState(NamedTuple):
 class LSTMCell(Cell):
     """One LSTM step; the features are h_t."""
 
+    state_type = LSTMState
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.input_size = check_size("input_size", input_size)
         self.hidden_size = check_size("hidden_size", hidden_size)
         self.feature_size = hidden_size
-        self.lstm = nn.LSTMCell(input_size, hidden_size)
+        self.lstm = lstm_cell(input_size, hidden_size)
 
     def initial_state(self, batch_size: int) -> LSTMState:
         """Zeros."""

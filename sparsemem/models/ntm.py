@@ -106,6 +106,8 @@ class NTMCell(DenseCell):
     (`shift_range`: of at least 0).
     """
 
+    state_type = NTMState
+
     def __init__(
         self,
         input_size: int,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsemem.checks import check_at_most, check_size
+from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.cosine import cosine
 from sparsemem.memory.entries import Entries, joined
@@ -64,7 +64,8 @@ class SAMState(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> SAMState:
         """A detached copy on another device or of another floating dtype (as `Module.to`)."""
         return self._replace(
-            **mapped(mover(*args, **kwargs), self), episode=self.episode.to(*args, **kwargs)
+            **mapped(mover(self.reads, *args, **kwargs), self),
+            episode=self.episode.to(*args, **kwargs),
         )
 
 
@@ -74,9 +75,9 @@ def mapped(function: Callable[[Tensor], Tensor], state: Any) -> dict[str, Any]:
     return {name: map_tensors(function, getattr(state, name)) for name in names}
 
 
-def mover(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
-    """A function that copies, detached, as `Module.to`: only floating tensors change dtype."""
-    like = torch.empty(0).to(*args, **kwargs)
+def mover(reads: Tensor, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+    """A function that copies, detached, to where `reads.to(...)` would be; ids stay integers."""
+    like = reads.new_empty(0).to(*args, **kwargs)
 
     def move(tensor: Tensor) -> Tensor:
         dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
@@ -128,9 +129,13 @@ class SAMCell(Cell):
         controller: factory of the controller, called with (input width, hidden_size).
         index_after: touched rows beyond which a FAISS index is searched; None: never.
         strength_bias, interpolation_bias: where beta and gamma start, before oneplus and sigmoid.
+        bypass_dropout: chance in training that a controller output does not reach the output
+            layer, which then has to rely on what was read (Franke et al. 2018, arXiv 1807.02658).
     """
 
     num_modes = 0  # ways of reading to mix, beyond the one by content
+
+    state_type: type[Any] = SAMState
 
     def __init__(
         self,
@@ -144,6 +149,7 @@ class SAMCell(Cell):
         index_after: int | None = INDEX_AFTER,
         strength_bias: float = STRENGTH_BIAS,
         interpolation_bias: float = INTERPOLATION_BIAS,
+        bypass_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.input_size = check_size("input_size", input_size)
@@ -160,6 +166,7 @@ class SAMCell(Cell):
         read_size = num_heads * slot_dim
         self.feature_size = hidden_size + read_size
         self.controller = controller(input_size + read_size, hidden_size)
+        self.bypass = nn.Dropout(check_fraction("bypass_dropout", bypass_dropout))
         self.interface = nn.Linear(hidden_size, num_heads * (2 * slot_dim + 3 + self.num_modes))
         with torch.no_grad():
             gates = self.interface.bias.view(num_heads, -1)[:, 2 * slot_dim :]
@@ -182,8 +189,9 @@ class SAMCell(Cell):
         return SAMState(None, reads, nothing, nothing, episode)
 
     def check_state(self, state: Any, batch_size: int) -> None:
-        """Refuse a state of another model, size or batch."""
+        """Refuse a state of another model, size, batch, dtype or device."""
         super().check_state(state, batch_size)
+        check_like("state", state.reads, self.interface.weight)
         check_memory(state, self.num_slots, self.num_heads, self.num_heads * self.slot_dim)
 
     def forward(self, input: Float[Tensor, "B X"], state: Any) -> tuple[Float[Tensor, "B F"], Any]:
@@ -196,7 +204,7 @@ class SAMCell(Cell):
         read, rows, episode = self._read(interface, state, write, episode)
         reads = (read.weights.unsqueeze(-1) * rows).sum(2).flatten(1)
         episode.mark_accessed(joined(write.detach(), read.detach()))
-        features = torch.cat([hidden, reads], 1)
+        features = torch.cat([self.bypass(hidden), reads], 1)
         return features, state._replace(
             controller=controller, reads=reads, read=read, write=write, episode=episode
         )

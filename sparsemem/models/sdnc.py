@@ -61,7 +61,7 @@ class SDNCState(NamedTuple):
 
     def to(self, *args: Any, **kwargs: Any) -> SDNCState:
         """A detached copy on another device or of another floating dtype (as `Module.to`)."""
-        parts = mapped(mover(*args, **kwargs), self)
+        parts = mapped(mover(self.reads, *args, **kwargs), self)
         links = self.links.to(parts["reads"].device, parts["reads"].dtype)
         return self._replace(**parts, episode=self.episode.to(*args, **kwargs), links=links)
 
@@ -74,6 +74,8 @@ class SDNCCell(SAMCell):
     """
 
     num_modes = 3
+
+    state_type = SDNCState
 
     def __init__(self, *args: Any, num_links: int = 8, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsemem.checks import check_at_most, check_size
+from sparsemem.checks import check_at_most, check_fraction, check_size
 from sparsemem.tasks.babi_files import (
     ANSWER,
     PARTS,
@@ -29,7 +29,7 @@ from sparsemem.tasks.babi_files import (
     read_files,
     read_text_file,
 )
-from sparsemem.tasks.base import SPLITS, Batch, Task, check_choice, check_fraction, check_split
+from sparsemem.tasks.base import SPLITS, Batch, Task, check_choice, check_split
 
 ALL_TASKS = tuple(range(1, 21))
 POOL_BATCHES = 16  # stories of so many batches are sorted by length together

@@ -62,13 +62,6 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def check_fraction(name: str, value: float) -> float:
-    """Return `value` if it is a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
-    return value
-
-
 class Task(IterableDataset[Batch]):
     """An endless stream of batches; batch number i is a function of (seed, split, level, i) alone.
 

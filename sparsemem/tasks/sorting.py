@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsemem.checks import check_size
-from sparsemem.tasks.base import Batch, check_fraction
+from sparsemem.checks import check_fraction, check_size
+from sparsemem.tasks.base import Batch
 from sparsemem.tasks.bits import BitTask
 
 

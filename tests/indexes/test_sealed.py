@@ -7,8 +7,15 @@ import torch
 
 from sparsemem.indexes import sealed as sealed_module
 from sparsemem.memory.episode import Episode
+from sparsemem.models.sam import SAM
+from sparsemem.models.sdnc import SDNC
 
 pytest.importorskip("faiss")
+
+
+@pytest.fixture(autouse=True)
+def _short_tails(monkeypatch):
+    monkeypatch.setattr(sealed_module, "TAIL", 16)
 
 
 def write_random(episode, generator, step, width=8):
@@ -82,6 +89,87 @@ def test_a_full_memory_is_searched_whole(monkeypatch):
         pair.append(episode)
     queries = torch.randn(1, 20, 8)
     assert torch.equal(pair[0].search(queries, 5), pair[1].search(queries, 5))
+
+
+def test_episodes_of_uneven_progress(monkeypatch):
+    """Rows that only one episode has touched stay in the tail of both."""
+    monkeypatch.setattr(sealed_module, "PROBED_LISTS", 10_000)
+    pair = []
+    for limit in (16, None):
+        generator = torch.Generator().manual_seed(1)
+        episode = Episode.start(2, 2**40, 8, index_after=limit)
+        for step in range(300):
+            slots = torch.tensor([[step], [step // 10]])
+            word = torch.randn(2, 1, 8, generator=generator)
+            episode = episode.write(slots.unsqueeze(2), torch.ones(2, 1, 1), word, slots)
+            episode.search(word, 3)
+        pair.append(episode)
+    assert 16 <= pair[0]._store.sealed.sealed <= 30
+    queries = torch.randn(2, 20, 8)
+    assert torch.equal(pair[0].search(queries, 6), pair[1].search(queries, 6))
+
+
+def test_an_interrupted_absorb_is_taken_up_again(monkeypatch):
+    monkeypatch.setattr(sealed_module, "PROBED_LISTS", 10_000)
+    episode, exact = grown_pair(80, 64)
+    store = episode._store
+    for step in range(80, 100):
+        for pair in (1, 0):
+            generator = torch.Generator().manual_seed(step)
+            if pair:
+                episode, _ = write_random(episode, generator, step)
+            else:
+                exact, _ = write_random(exact, generator, step)
+    calls = []
+
+    def failing(rows, norms, which):
+        calls.append(which)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(rows, norms, which)
+
+    real = sealed_module.unit_rows
+    queries = torch.randn(2, 20, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_module, "unit_rows", failing)
+        with pytest.raises(KeyboardInterrupt):
+            episode.search(queries, 4)
+    assert torch.equal(episode.search(queries, 4), exact.search(queries, 4))
+    assert [lists.ntotal for lists in store.sealed._lists] == [store.sealed.sealed] * 2
+
+
+def test_lists_are_trained_anew_when_all_rows_have_changed():
+    """A full memory grows no more, but its rows go on to move away from the centroids."""
+    episode = Episode.start(1, 256, 8, index_after=64)
+    generator = torch.Generator().manual_seed(0)
+    trained = []
+    for step in range(256 * (sealed_module.CHANGES + 2)):
+        slot = torch.tensor([[step % 256]])
+        centre = torch.zeros(8).index_fill_(0, torch.tensor([step // 256 % 8]), 5.0)
+        word = (centre + torch.randn(8, generator=generator)).view(1, 1, 8)
+        episode = episode.write(slot.unsqueeze(2), torch.ones(1, 1, 1), word, slot)
+        episode.search(word, 1)
+        trained.append(episode._store.sealed._lists[0])
+    assert trained[255] is trained[300], "not at every change"
+    assert trained[255] is not trained[-1]
+
+
+@pytest.mark.parametrize("model_class", [SAM, SDNC])
+def test_models_give_the_same_with_an_index_that_probes_everything(monkeypatch, model_class):
+    monkeypatch.setattr(sealed_module, "PROBED_LISTS", 10_000)
+    torch.manual_seed(2)
+    options = {"num_slots": 2**40, "slot_dim": 8, "num_heads": 2, "top_k": 3}
+    model = model_class(3, 10, 2, index_after=16, **options)
+    exact = model_class(3, 10, 2, index_after=None, **options)
+    exact.load_state_dict(model.state_dict())
+    input, results = torch.randn(2, 60, 3), []
+    for one in (model, exact):
+        output, state = one(input)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in one.parameters())])
+        assert (state.episode._store.sealed is not None) == (one is model)
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
 
 
 def test_without_faiss_scans_go_on_after_a_warning(monkeypatch):

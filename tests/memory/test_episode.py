@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -140,14 +143,55 @@ def test_a_second_complete_backward_gives_the_same_gradient():
     assert first.tolist() == second.tolist() == [2.0] * 3
 
 
-def test_a_backward_on_top_of_an_unfinished_one_is_refused():
+def test_an_unfinished_backward_leaves_nothing_behind():
     early = torch.ones(3, dtype=F64, requires_grad=True)
     late = torch.ones(3, dtype=F64, requires_grad=True)
-    episode = write_one(write_one(start(), 0, early), 1, late)
+    episode = write_one(start(), 0, early)
+    first, episode = episode.read(ids([[0]]))
+    episode = write_one(episode, 1, late)
     rows, _ = episode.read(ids([[0, 1]]))
     torch.autograd.grad(rows.sum(), late, retain_graph=True)  # stops before the first write
-    with pytest.raises(RuntimeError, match=r"a second backward pass .* state\.clone\(\)"):
-        rows.sum().backward()
+    (gradient,) = torch.autograd.grad(first.sum(), early, retain_graph=True)
+    assert gradient.tolist() == [1.0] * 3, "this pass starts below where the last one stopped"
+    torch.autograd.grad(rows.sum(), late, retain_graph=True)
+    (gradient,) = torch.autograd.grad(rows.sum(), early)
+    assert gradient.tolist() == [1.0] * 3
+
+
+def test_second_derivatives_are_refused():
+    word = torch.ones(3, dtype=F64, requires_grad=True)
+    rows, _ = write_one(start(), 0, word).read(ids([[0]]))
+    (gradient,) = torch.autograd.grad(rows.square().sum(), word, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_no_gradient_gets_past_steps_without_gradients():
+    early = torch.ones(3, dtype=F64, requires_grad=True)
+    episode = write_one(start(), 0, early)
+    before, episode = episode.read(ids([[0]]))
+    with torch.no_grad():
+        episode = write_one(episode, 1, torch.ones(3, dtype=F64))
+    late = torch.ones(3, dtype=F64, requires_grad=True)
+    after, _ = write_one(episode, 2, late).read(ids([[0, 2]]))
+    gradients = torch.autograd.grad(10 * before.sum() + after.sum(), [early, late])
+    assert [gradient.tolist() for gradient in gradients] == [[10.0] * 3, [1.0] * 3]
+
+
+def test_nothing_keeps_a_finished_episode_alive():
+    word = torch.ones(3, dtype=F64, requires_grad=True)
+    gc.disable()
+    try:
+        episode = write_one(start(), 0, word)
+        fork = episode.clone()
+        rows, episode = episode.read(ids([[0]]))
+        other, fork = fork.read(ids([[0]]))
+        (rows + other).sum().backward()
+        stores = [weakref.ref(episode._store), weakref.ref(fork._store)]
+        del episode, fork, rows, other
+        assert [store() for store in stores] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_detach_cuts_the_gradient_and_keeps_the_rows():
@@ -199,6 +243,32 @@ def test_a_fork_of_a_fork_gives_gradients_to_the_trunk():
     assert word.grad.tolist() == [222.0] * 3
 
 
+def test_a_fork_that_outgrows_its_trunk_gives_each_element_its_own_gradient():
+    words = torch.ones(2, 1, 3, dtype=F64, requires_grad=True)
+    weights = torch.ones(2, 1, 1, dtype=F64)
+    zero = torch.zeros(2, 1, dtype=torch.int64)
+    trunk = start(batch_size=2, num_slots=2**40).write(zero[..., None], weights, words, zero)
+    fork = trunk.clone()
+    for slot in range(1, 200):  # past the capacity that the trunk has
+        there = torch.full((2, 1), slot)
+        fork = fork.write(there[..., None], weights, torch.ones_like(words), there)
+    everything = torch.arange(200).expand(2, 1, 200)
+    in_fork, _ = fork.read(everything)
+    in_trunk, _ = trunk.read(zero[..., None])
+    factor = torch.tensor([1.0, 10.0], dtype=F64).view(2, 1, 1, 1)
+    ((in_fork * factor).sum() + in_trunk.sum()).backward()
+    assert words.grad.flatten().tolist() == [2.0] * 3 + [11.0] * 3
+
+
+def test_a_grown_memory_takes_a_new_gradient_buffer():
+    episode = start(num_slots=2**40)
+    for slot in (0, 100):
+        word = torch.ones(3, dtype=F64, requires_grad=True)
+        rows, episode = write_one(episode.detach(), slot, word).read(ids([[slot]]))
+        rows.sum().backward()
+        assert word.grad.tolist() == [1.0] * 3
+
+
 def test_to_copies_dtype():
     episode = write_one(start(), 0, torch.ones(3, dtype=F64))
     copy = episode.to(torch.float32)
@@ -216,6 +286,20 @@ def test_ids_out_of_range_are_refused_before_anything_changes(bad):
         episode.read(ids([[bad]]))
     assert episode.touched.tolist() == [0]
     assert write_one(episode, 0, word).rows().tolist() == [[[1.0, 1.0, 1.0]]]
+
+
+def test_tensors_are_checked_before_anything_changes(plain_errors):
+    episode, word = start(), torch.ones(1, 1, 3, dtype=F64)
+    slot, weight, erase = ids([[0]]), torch.ones(1, 1, 1, dtype=F64), ids([0])
+    with pytest.raises(ValueError, match=r"words has shape \(1, 1, 4\), expected \(1, 1, 3\)"):
+        episode.write(slot, weight, torch.ones(1, 1, 4, dtype=F64), erase)
+    with pytest.raises(ValueError, match=r"weights has shape \(1, 1, 2\), expected \(1, 1, 1\)"):
+        episode.write(slot, torch.ones(1, 1, 2, dtype=F64), word, erase)
+    with pytest.raises(TypeError, match=r"words is torch\.float32 .* rows are torch\.float64"):
+        episode.write(slot, weight, word.float(), erase)
+    with pytest.raises(ValueError, match=r"erase has batch size 2, the memory has 1 episodes"):
+        episode.write(slot, weight, word, torch.zeros(2, 1, dtype=torch.int64))
+    assert episode.write(slot, weight, word, erase).rows().tolist() == [[[1.0, 1.0, 1.0]]]
 
 
 def test_sizes_are_checked(plain_errors):

@@ -52,7 +52,7 @@ def test_equals_sorting_all_slots(history, fresh_too):
     loops = [Loops(num_slots), Loops(num_slots)]
     for batch in steps:
         expected = [loop.least_recent(heads) for loop in loops]
-        chosen = order.least_recent(heads, 2 * heads)
+        chosen = order.least_recent(heads)
         assert chosen.tolist() == expected
         if fresh_too:  # as a cell does: what is least recent is then written
             batch = [
@@ -68,9 +68,9 @@ def test_equals_sorting_all_slots(history, fresh_too):
 def test_a_huge_memory_starts_with_its_first_slots():
     order = AccessOrder(1, 2**40, torch.device("cpu"))
     order.grow(4)
-    assert order.least_recent(6, 24).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert order.least_recent(6).tolist() == [[0, 1, 2, 3, 4, 5]]
     order.mark(Entries(torch.tensor([[[0, 2]]]), torch.tensor([[[1.0, 1.0]]])))
-    assert order.least_recent(3, 12).tolist() == [[1, 3, 4]]
+    assert order.least_recent(3).tolist() == [[1, 3, 4]]
     assert order.lap is None
 
 
@@ -81,10 +81,57 @@ def test_heads_are_not_added_up():
     assert order.last_access.tolist() == [[-1, -1, -1, -1]]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=12))
+def test_asking_for_other_numbers_loses_no_slot(counts):
+    order, loop = AccessOrder(1, 5, torch.device("cpu")), Loops(5)
+    order.grow(5)
+    for count in counts:
+        chosen = order.least_recent(count).tolist()[0]
+        assert chosen == loop.least_recent(count)
+        order.mark(Entries(torch.tensor([[[chosen[-1]]]]), torch.ones(1, 1, 1)))
+        loop.mark([[(chosen[-1], 1.0)]])
+
+
+def test_a_slot_that_is_never_accessed_does_not_slow_the_others(monkeypatch):
+    """One head's gate stays shut: its slot is offered for ever, and the rest is not rescanned."""
+    order = AccessOrder(1, 2**40, torch.device("cpu"))
+    looked_at = []
+    entries = AccessOrder._entries
+    monkeypatch.setattr(
+        AccessOrder, "_entries", lambda self, p: looked_at.append(p.numel()) or entries(self, p)
+    )
+    order.grow(2000)
+    for step in range(500):
+        chosen = order.least_recent(2)
+        assert chosen.tolist() == [[0, step + 1]]
+        weights = torch.tensor([[[0.0], [1.0]]])
+        order.mark(Entries(chosen.unsqueeze(-1), weights))
+    assert max(looked_at) <= 8
+    assert len(looked_at) == 500
+
+
+def test_a_copy_made_in_a_later_lap_is_independent():
+    order = AccessOrder(1, 3, torch.device("cpu"))
+    order.grow(3)
+
+    def access(which, *slots):
+        for slot in slots:
+            which.mark(Entries(torch.tensor([[[slot]]]), torch.ones(1, 1, 1)))
+
+    access(order, 0, 1, 2)
+    assert order.least_recent(1).tolist() == [[0]]
+    copy = order.to(torch.device("cpu"))
+    access(copy, 1, 0, 2)
+    assert copy.least_recent(3).tolist() == [[1, 0, 2]], "the copy has gone on to another lap"
+    access(order, 0)
+    assert order.least_recent(3).tolist() == [[1, 2, 0]]
+
+
 def test_a_copy_is_independent():
     order = AccessOrder(1, 4, torch.device("cpu"))
     order.grow(4)
     copy = order.to(torch.device("cpu"))
     order.mark(Entries(torch.tensor([[[0]]]), torch.tensor([[[1.0]]])))
-    assert order.least_recent(1, 4).tolist() == [[1]]
-    assert copy.least_recent(1, 4).tolist() == [[0]]
+    assert order.least_recent(1).tolist() == [[1]]
+    assert copy.least_recent(1).tolist() == [[0]]

@@ -22,6 +22,8 @@ class SumState(NamedTuple):
 class SumCell(Cell):
     """Features are the sum of the inputs so far."""
 
+    state_type = SumState
+
     def __init__(self, input_size):
         super().__init__()
         self.input_size = self.hidden_size = self.feature_size = input_size

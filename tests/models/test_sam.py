@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from sparsemem.memory.cosine import cosine
+from sparsemem.memory import addressing
 from sparsemem.models.sam import SAM
 from sparsemem.models.sdnc import SDNC
 from tests.oracles import dense_sam
@@ -70,20 +70,23 @@ def test_gradcheck():
 
 
 def test_reading_all_rows_equals_the_dense_content_read():
+    """K = N: softmax over all slots of beta cos, as NTM and DNC read by content."""
+    torch.manual_seed(8)
     model = small(num_slots=6, top_k=6)
-    _, state = model(torch.randn(2, 9, 3, dtype=F64))
+    input = torch.randn(2, 9, 3, dtype=F64)
+    _, before = model(input[:, :8])
+    _, state = model(input[:, 8:], before)
     memory = state.episode.rows()
-    query = torch.randn(2, 2, 5, dtype=F64)
-    ids = state.episode.search(query, 6)
-    rows, _ = state.episode.read(ids)
-    weights = (7 * cosine(query, rows)).softmax(-1)
-    read = (weights.unsqueeze(-1) * rows).sum(2)
-    similarity = torch.nn.functional.cosine_similarity(
-        query.unsqueeze(2), memory.unsqueeze(1), dim=-1
-    )
-    expected = (7 * similarity).softmax(-1) @ memory
-    torch.testing.assert_close(read, expected, rtol=0, atol=1e-5)  # the cosine is softened by 1e-6
-    assert ids.sort(-1).values.tolist() == [[[0, 1, 2, 3, 4, 5]] * 2] * 2
+    query, _, strength, *_ = dense_sam.gates(model.cell, state.controller[0])
+    weights = addressing.content_weights(addressing.cosine_similarity(query, memory), strength)
+    torch.testing.assert_close(state.reads.view(2, 2, 5), weights @ memory, rtol=0, atol=1e-12)
+    ours = torch.zeros(2, 2, 6, dtype=F64).scatter(2, *state.read)
+    torch.testing.assert_close(ours, weights, rtol=0, atol=1e-12)
+
+
+def gradients(model, output, *inputs):
+    weights = torch.linspace(-1, 1, output.numel(), dtype=F64).view_as(output)
+    return torch.autograd.grad((output * weights).sum(), [*inputs, *model.parameters()])
 
 
 @pytest.mark.parametrize("model_class", MODELS)
@@ -92,8 +95,11 @@ def test_memory_size_changes_nothing_bit_for_bit(model_class):
     small_memory = small(model_class, num_slots=4096)
     huge = small(model_class, num_slots=2**40)
     huge.load_state_dict(small_memory.state_dict())
-    input = torch.randn(2, 60, 3, dtype=F64)
-    assert torch.equal(small_memory(input)[0], huge(input)[0])
+    input = torch.randn(2, 150, 3, dtype=F64)  # long enough that the overlay grows twice
+    ours, truth = (model(input)[0] for model in (huge, small_memory))
+    assert torch.equal(ours, truth)
+    for a, b in zip(gradients(huge, ours), gradients(small_memory, truth), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("model_class", MODELS)
@@ -101,14 +107,17 @@ def test_chunks_with_a_carried_state_give_the_same(model_class):
     """To 1e-12: the output layer is one product for all steps of a call."""
     torch.manual_seed(3)
     model = small(model_class, num_slots=9)
-    input = torch.randn(2, 12, 3, dtype=F64)
+    input = torch.randn(2, 12, 3, dtype=F64, requires_grad=True)
     whole, end = model(input)
     first, state = model(input[:, :5])
     second, state = model(input[:, 5:], state)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-12)
-    assert torch.equal(state.episode.rows(), end.episode.rows()), (
-        "the memory is the same bit for bit"
-    )
+    chunks = torch.cat([first, second], 1)
+    torch.testing.assert_close(chunks, whole, rtol=0, atol=1e-12)
+    assert torch.equal(state.episode.rows(), end.episode.rows()), "the memory is bit for bit"
+    for ours, truth in zip(
+        gradients(model, chunks, input), gradients(model, whole, input), strict=True
+    ):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
     first, state = model(input[:, :5])
     cut, _ = model(input[:, 5:], state.detach())
     torch.testing.assert_close(cut, second, rtol=0, atol=1e-12)
@@ -121,8 +130,10 @@ def test_a_batch_equals_its_sequences_one_by_one(model_class):
     model = small(model_class, num_slots=11)
     input = torch.randn(3, 15, 3, dtype=F64)
     together = model(input)[0]
-    for row, alone in enumerate(input):
-        torch.testing.assert_close(model(alone[None])[0][0], together[row], rtol=0, atol=1e-12)
+    alone = torch.cat([model(sequence[None])[0] for sequence in input])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-12)
+    for ours, truth in zip(gradients(model, alone), gradients(model, together), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
 
 
 def test_the_same_call_twice_is_equal_bit_for_bit():
@@ -164,6 +175,24 @@ def test_a_clone_goes_its_own_way_and_gives_gradients(model_class):
     torch.testing.assert_close(gradient, sum(alone), rtol=0, atol=1e-12)
 
 
+def test_a_clone_of_a_full_memory_goes_on_the_same():
+    torch.manual_seed(6)
+    model, input = small(num_slots=5), torch.randn(2, 20, 3, dtype=F64)
+    _, state = model(input[:, :11])
+    fork = state.clone()
+    assert torch.equal(model(input[:, 11:], state)[0], model(input[:, 11:], fork)[0])
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_moving_to_a_device_keeps_the_dtype(model_class):
+    torch.manual_seed(6)
+    model, input = small(model_class), torch.randn(2, 8, 3, dtype=F64)
+    _, state = model(input[:, :4])
+    copy = state.to("cpu")
+    assert copy.reads.dtype == copy.read.weights.dtype == F64
+    assert torch.equal(model(input[:, 4:], state)[0], model(input[:, 4:], copy)[0])
+
+
 @pytest.mark.parametrize("model_class", MODELS)
 def test_a_state_moves_to_another_dtype(model_class):
     torch.manual_seed(6)
@@ -174,6 +203,14 @@ def test_a_state_moves_to_another_dtype(model_class):
     model.float()
     output, _ = model(input[:, 4:].float(), state.to(torch.float32))
     torch.testing.assert_close(output.double(), whole[:, 4:], rtol=1e-3, atol=1e-4)
+
+
+def test_bypass_dropout_hides_the_controller_from_the_output_in_training_only():
+    model, input = small(bypass_dropout=1.0), torch.randn(2, 5, 3, dtype=F64)
+    model.output.weight.data[:, 6:] = 0  # what is left is the controller's share
+    assert torch.equal(model(input)[0], model.output.bias.expand(2, 5, 2))
+    model.eval()
+    assert not torch.equal(model(input)[0], model.output.bias.expand(2, 5, 2))
 
 
 class Rectifier(nn.Module):
@@ -236,6 +273,20 @@ class TestRefusals:
     def test_sizes(self, model_class, options, message):
         with pytest.raises(ValueError, match=message):
             small(model_class, **options)
+
+    def test_a_dropout_that_is_no_fraction(self):
+        with pytest.raises(ValueError, match=r"bypass_dropout is 1\.5, expected a number"):
+            small(bypass_dropout=1.5)
+
+    @pytest.mark.parametrize("model_class", MODELS)
+    def test_a_state_of_another_dtype_or_hidden_size(self, model_class):
+        input = torch.zeros(1, 2, 3, dtype=F64)
+        _, state = small(model_class)(input)
+        with pytest.raises(TypeError, match=r"state is torch\.float64 on cpu, .* torch\.float32"):
+            small(model_class).float()(input.float(), state)
+        other = model_class(3, 7, 2, num_slots=40, slot_dim=5, num_heads=2, top_k=3).double()
+        with pytest.raises(ValueError, match="state has hidden_size 6, the controller has 7"):
+            other(input, state)
 
     def test_num_links(self):
         with pytest.raises(ValueError, match="num_links is 0, expected at least 1"):
