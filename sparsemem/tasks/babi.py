@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsemem.checks import check_at_most, check_fraction, check_size
+from sparsemem.checks import check_fraction, check_size
 from sparsemem.tasks.babi_files import (
     ANSWER,
     PARTS,
@@ -45,7 +45,11 @@ class BabiTask(Task):
 
     Attributes: `vocabulary` (sorted words of train and test of the chosen tasks),
     `stories` (by split), `skipped` (by split, stories over `max_sentences` or
-    `max_words`), `sources` (the files read). There is one level, 1.
+    `max_words`), `sources` (the files read).
+
+    The level is the number of questions of a story that are shown: it is cut behind the
+    answer to its level-th. `max_level` shows all stories whole, and is the only level drawn
+    unless a curriculum asks for less.
     """
 
     metric_name = "error rate"
@@ -88,6 +92,8 @@ class BabiTask(Task):
         self.stories = split_stories(parsed, validation_fraction)
         self.skipped = dict.fromkeys(SPLITS, 0)
         self._skip_long(limits)
+        longest = max(len(s.answers) for stories in self.stories.values() for s in stories)
+        self.level = self.min_level = self.max_level = longest
         self._plan: tuple[tuple[str, int], list[np.ndarray]] | None = None
 
     def _skip_long(self, limits: dict[str, int | None]) -> None:
@@ -104,10 +110,6 @@ class BabiTask(Task):
         if any(self.skipped.values()):
             counts = ", ".join(f"{number} {split}" for split, number in self.skipped.items())
             warnings.warn(f"bAbI stories skipped for {limits}: {counts}", stacklevel=3)
-
-    def check_level(self, level: int, name: str = "level") -> int:
-        """Return `level` if it is 1."""
-        return check_at_most(name, super().check_level(level, name), "the only level", 1)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -130,20 +132,20 @@ class BabiTask(Task):
             rng = np.random.default_rng([self.seed, SPLITS.index(self.split), epoch])
             lengths = np.array([len(story.words) for story in stories])
             self._plan = (self.split, epoch), plan_epoch(lengths, self.batch_size, rng)
-        return self.encode([stories[i] for i in self._plan[1][place]])
+        return self.encode([stories[i].cut(level) for i in self._plan[1][place]])
 
     def evaluation_batches(
         self, split: str = "test", count: int | None = None, level: int | None = None
     ) -> Iterator[Batch]:
         """All stories of `split` once, in an order that does not depend on the seed.
 
-        With `count`, only so many batches of it: a sample of the stories.
+        With `count`, only so many batches of it: a sample of the stories. With `level`, only so
+        many questions of each.
         """
-        if level is not None:
-            self.check_level(level)
+        level = self.level if level is None else self.check_level(level)
         if count is not None:
             check_size("count", count)
-        return self._batches(self._stories_of(split), count)
+        return self._batches([story.cut(level) for story in self._stories_of(split)], count)
 
     def _batches(self, stories: list[Story], count: int | None = None) -> Iterator[Batch]:
         lengths = np.array([len(story.words) for story in stories])

@@ -12,7 +12,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,15 @@ class Story:
     sentences: int
     words: list[str]
     answers: list[tuple[int, tuple[str, ...]]]
+
+    def cut(self, questions: int) -> Story:
+        """The story up to the answer of its question number `questions` (from 1)."""
+        if questions >= len(self.answers):
+            return self
+        start, words = self.answers[questions - 1]
+        return replace(
+            self, words=self.words[: start + len(words)], answers=self.answers[:questions]
+        )
 
 
 def read_files(path: Path, variant: str, wanted: set[FileKey]) -> dict[FileKey, TextFile]:

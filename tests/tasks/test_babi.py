@@ -224,10 +224,28 @@ def test_bad_options(folder, options, message, plain_errors):
         build(folder, **options)
 
 
+def test_the_level_cuts_stories_behind_a_question(tmp_path):
+    (tmp_path / "en").mkdir()
+    lines = ["1 Mary has milk.", "2 What has Mary?\tmilk\t1", "3 Mary has tea.", "4 Mary ran."]
+    lines += ["5 What has Mary?\ttea\t3", "6 Ann has ale.", "7 What has Ann?\tale\t6"]
+    for part in ("train", "test"):
+        (tmp_path / "en" / f"qa1_x_{part}.txt").write_text("\n".join(lines) + "\n")
+    task = BabiTask(path=tmp_path, variant="en", tasks=1, batch_size=1, validation_fraction=0.0)
+    assert task.level == task.min_level == task.max_level == 3
+    whole = task.batch(0)
+    assert torch.equal(task.batch(0, 4).input, whole.input)
+    assert answers(task, task.batch(0, 2)) == ["milk", "tea"]
+    assert words(task, task.batch(0, 1)) == "mary has milk . what has mary ? -"
+    shown = next(task.evaluation_batches("test", level=2))
+    assert words(task, shown).endswith("mary ran . what has mary ? -")
+    for cut, full in zip(shown, whole, strict=True):
+        assert torch.equal(cut, full[:, : cut.shape[1]])
+
+
 def test_bad_calls(folder, plain_errors):
     task = build(folder, validation_fraction=0.0)
-    with pytest.raises(ValueError, match="level is 2, expected at most the only level = 1"):
-        task.batch(0, 2)
+    with pytest.raises(ValueError, match="level is 0, expected at least 1"):
+        task.batch(0, 0)
     message = r"split is 'validation', which has no stories \(validation_fraction is 0.0\)"
     with pytest.raises(ValueError, match=message):
         task.evaluation_batches("validation")
