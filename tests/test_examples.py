@@ -37,6 +37,8 @@ def test_an_example_trains(path, tmp_path, request):
 def test_an_example_says_what_it_reaches(path):
     head = path.read_text().split("model:")[0]
     assert head.startswith("# ")
+    assert "# Reaches" in head
+    assert any(character.isdigit() for character in head.split("# Reaches")[1])
     assert any(word in head for word in ("wrong bits", "error rate", "accuracy"))
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from sparsemem.training.config import make_config
-from sparsemem.training.setup import prepare
-from sparsemem.training.trainer import Trainer, Outcome
 from sparsemem.training.run import RunFolder
+from sparsemem.training.setup import prepare
+from sparsemem.training.trainer import Outcome, Trainer
 
 SPARSE = {"num_slots": 2**20, "slot_dim": 16, "num_heads": 1, "top_k": 4}
 DENSE = {"num_slots": 16, "slot_dim": 16, "num_heads": 1}

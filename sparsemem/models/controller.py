@@ -50,3 +50,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return function(tree)
     parts = (map_tensors(function, part) for part in tree)
     return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
+def mover(like: Tensor, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+    """A function that copies, detached, to where `like.to(...)` would be; ids stay integers."""
+    target = like.detach().new_empty(0).to(*args, **kwargs)
+
+    def move(tensor: Tensor) -> Tensor:
+        dtype = target.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(target.device, dtype, copy=True)
+
+    return move

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsemem.memory import addressing
 from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors
+from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
 from sparsemem.models.dense import DenseCell, dense_access, features
 
 
@@ -60,8 +60,8 @@ class DNCState(NamedTuple):
         return DNCState(*map_tensors(Tensor.clone, tuple(self)))
 
     def to(self, *args: Any, **kwargs: Any) -> DNCState:
-        """As `torch.Tensor.to`, for every tensor."""
-        return DNCState(*map_tensors(lambda tensor: tensor.to(*args, **kwargs), tuple(self)))
+        """A detached copy on another device or of another floating dtype (as `Module.to`)."""
+        return DNCState(*map_tensors(mover(self.memory.rows, *args, **kwargs), tuple(self)))
 
 
 class Interface(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsemem.checks import check_like, check_size
 from sparsemem.models.base import Cell, MemoryModel
-from sparsemem.models.controller import lstm_cell
+from sparsemem.models.controller import lstm_cell, map_tensors, mover
 
 
 class LSTMState(NamedTuple):
@@ -43,8 +43,8 @@ class LSTMState(NamedTuple):
         return LSTMState(*(tensor.clone() for tensor in self))
 
     def to(self, *args: Any, **kwargs: Any) -> LSTMState:
-        """As `torch.Tensor.to`, for every tensor."""
-        return LSTMState(*(tensor.to(*args, **kwargs) for tensor in self))
+        """A detached copy on another device or of another floating dtype (as `Module.to`)."""
+        return LSTMState(*map_tensors(mover(self.hidden, *args, **kwargs), tuple(self)))
 
 
 class LSTMCell(Cell):

@@ -16,7 +16,7 @@ from sparsemem.checks import check_size
 from sparsemem.memory import addressing
 from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors
+from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
 from sparsemem.models.dense import DenseCell, dense_access, features
 
 INITIAL_ROW = 1e-6
@@ -57,8 +57,8 @@ class NTMState(NamedTuple):
         return NTMState(*map_tensors(Tensor.clone, tuple(self)))
 
     def to(self, *args: Any, **kwargs: Any) -> NTMState:
-        """As `torch.Tensor.to`, for every tensor."""
-        return NTMState(*map_tensors(lambda tensor: tensor.to(*args, **kwargs), tuple(self)))
+        """A detached copy on another device or of another floating dtype (as `Module.to`)."""
+        return NTMState(*map_tensors(mover(self.memory.rows, *args, **kwargs), tuple(self)))
 
 
 class Addressing(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -39,9 +40,12 @@ def model_options(name: str) -> dict[str, Any]:
     A required option's value is `inspect.Parameter.empty`. Arguments that only code can
     give, such as a controller factory, are left out.
     """
-    found = [find_model(name), *filter(None, [_CELLS.get(name.lower())])]
     options: dict[str, Any] = {}
-    for parameter in (p for kind in found for p in inspect.signature(kind).parameters.values()):
+    for parameter in (
+        p for init in _inits(name) for p in inspect.signature(init).parameters.values()
+    ):
+        if parameter.name == "self":
+            continue
         sayable = isinstance(parameter.default, bool | int | float | str | None)
         required = parameter.default is inspect.Parameter.empty
         many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -73,9 +77,17 @@ def make_model(name: str, **options: Any) -> MemoryModel:
 
 def _kinds(name: str) -> dict[str, Any]:
     """The annotated type of each argument of a model."""
-    own = get_type_hints(find_model(name).__init__)
+    kinds: dict[str, Any] = {}
+    for init in _inits(name):
+        kinds = get_type_hints(init) | kinds
+    return kinds
+
+
+def _inits(name: str) -> list[Callable[..., None]]:
+    """The constructors that a model's options come from: its own, its cell's, its cell's bases'."""
     cell = _CELLS.get(name.lower())
-    return {**(get_type_hints(cell.__init__) if cell else {}), **own}
+    bases = [kind for kind in cell.__mro__ if issubclass(kind, Cell)] if cell else []
+    return [kind.__init__ for kind in (find_model(name), *bases) if "__init__" in vars(kind)]
 
 
 def _check_kind(option: str, value: Any, kind: Any) -> None:

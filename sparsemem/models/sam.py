@@ -20,6 +20,7 @@ from sparsemem.models.controller import (
     ControllerState,
     LSTMController,
     map_tensors,
+    mover,
 )
 
 INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
@@ -73,17 +74,6 @@ def mapped(function: Callable[[Tensor], Tensor], state: Any) -> dict[str, Any]:
     """The fields of a sparse state that hold tensors, each put through `function`."""
     names = ("controller", "reads", "read", "write")
     return {name: map_tensors(function, getattr(state, name)) for name in names}
-
-
-def mover(reads: Tensor, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
-    """A function that copies, detached, to where `reads.to(...)` would be; ids stay integers."""
-    like = reads.new_empty(0).to(*args, **kwargs)
-
-    def move(tensor: Tensor) -> Tensor:
-        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(like.device, dtype, copy=True)
-
-    return move
 
 
 def access_of(state: Any) -> Access:

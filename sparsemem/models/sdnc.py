@@ -13,14 +13,13 @@ from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
 from sparsemem.memory.links import TemporalLinks
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerState
+from sparsemem.models.controller import ControllerState, mover
 from sparsemem.models.sam import (
     HeadInterface,
     SAMCell,
     access_of,
     content_weights,
     mapped,
-    mover,
 )
 
 

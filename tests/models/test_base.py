@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.models.base import Cell, MemoryModel
+from sparsemem.models.registry import make_model
 
 pytestmark = pytest.mark.usefixtures("plain_errors")
 
@@ -127,3 +128,24 @@ def test_size_too_small(model, value):
 def test_size_that_is_no_int(value):
     with pytest.raises(TypeError, match=rf"output_size is {value!r}, expected an int"):
         MemoryModel(SumCell(3), value)
+
+
+@pytest.mark.parametrize("name", ["sam", "sdnc", "dnc", "ntm", "lstm"])
+def test_a_state_that_moves_is_a_detached_copy(name):
+    sizes = {} if name == "lstm" else {"num_slots": 6, "slot_dim": 4, "num_heads": 1}
+    model = make_model(name, input_size=3, hidden_size=5, output_size=2, **sizes)
+    _, state = model(torch.randn(2, 3, 3))
+    copy = state.to(torch.float32)
+    for ours, theirs in zip(floats(copy), floats(state), strict=True):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+        assert ours.data_ptr() != theirs.data_ptr()
+    assert all(tensor.dtype == torch.float64 for tensor in floats(state.to(torch.float64)))
+
+
+def floats(tree):
+    """The floating tensors of a nested state."""
+    if isinstance(tree, torch.Tensor):
+        return [tree] if tree.is_floating_point() else []
+    parts = tree if isinstance(tree, tuple) else ()
+    return [tensor for part in parts for tensor in floats(part)]

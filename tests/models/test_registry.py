@@ -47,3 +47,14 @@ def test_every_option_listed_is_taken(name):
 def test_what_is_refused(name, options, error, message):
     with pytest.raises(error, match=message):
         make_model(name, **options)
+
+
+def test_sdnc_has_the_options_of_sam_too():
+    options = model_options("sdnc")
+    assert set(model_options("sam")) < set(options)
+    assert (options["num_links"], options["bypass_dropout"]) == (8, 0.0)
+    sizes = {"input_size": 3, "hidden_size": 4, "output_size": 2}
+    model = make_model("sdnc", **sizes, bypass_dropout=0.25, num_links=3, index_after=None)
+    assert (model.cell.bypass.p, model.cell.num_links, model.cell.index_after) == (0.25, 3, None)
+    with pytest.raises(TypeError, match="bypass_dropout is 'much', expected"):
+        make_model("sdnc", **sizes, bypass_dropout="much")
