@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,8 +16,12 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signal(say: Callable[[], None]) -> Iterator[Stop]:
-    """Let the first SIGINT or SIGTERM set `Stop` and call `say`; a second acts as usual."""
+def stop_on_signal() -> Iterator[Stop]:
+    """Let the first SIGINT or SIGTERM set `Stop`; a second acts as usual.
+
+    The handler does nothing else: it may run in the middle of a write to the same stream,
+    where printing would raise.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python handles signals in the main thread only
@@ -31,7 +35,6 @@ def stop_on_signal(say: Callable[[], None]) -> Iterator[Stop]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.number = number
         restore()
-        say()
 
     for number in before:
         signal.signal(number, on_signal)

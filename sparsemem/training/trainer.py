@@ -74,16 +74,17 @@ class Trainer:
         """
         if progress is None:
             progress = Progress(self.config.training.steps, self.step, self.task.metric_name)
-        say_stop = "stopping after this step; once more leaves at once, without saving"
         with (
             closing(progress),
             closing(MetricsLog(run, self.step)) as log,
-            stop_on_signal(lambda: progress.say(say_stop)) as stop,
+            stop_on_signal() as stop,
         ):
             for line in describe(self.config, self.model).splitlines():
                 progress.say(line)
             while self._outcome(stop) is None:
                 self._one_step(run, log, progress)
+            if stop.number is not None:
+                progress.say("asked to stop: saving; once more leaves at once, without saving")
             self._save(run, log)
         outcome = self._outcome(stop)
         assert outcome is not None
@@ -143,7 +144,9 @@ class Trainer:
 
     def _diverged(self, what: str) -> RunError:
         back = f"the last checkpoint is {self._saved[1]}" if self._saved else "no checkpoint yet"
-        return RunError(f"{what}; {back}; a lower learning rate or gradient_clip may help")
+        return RunError(
+            f"{what}; {back}; a new run with a lower learning rate or gradient_clip may help"
+        )
 
     def _add(self, result: BatchResult, level: int) -> dict[str, float]:
         """Add a batch to the sums; returns the means since the last record."""

@@ -10,6 +10,7 @@ from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import make_config
 from sparsemem.training.errors import CheckpointError, ConfigError, RunError
 from sparsemem.training.launch import evaluate_run, resume
+from sparsemem.training.progress import Progress
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import prepare
 from sparsemem.training.trainer import Outcome, Trainer
@@ -117,6 +118,31 @@ def test_a_second_ctrl_c_leaves_at_once(tree, new_run, stop_at):
     assert list_checkpoints(run.checkpoints) == []
 
 
+class SignalInSay(Progress):
+    """Is sent a signal in the middle of a line, and refuses a line within a line as files do."""
+
+    def __init__(self):
+        super().__init__(20, 0, "wrong bits")
+        self.lines, self.saying = [], False
+
+    def say(self, line):
+        if self.saying:
+            raise RuntimeError("reentrant call")
+        self.saying = True
+        if line.startswith("step 4/"):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.lines.append(line)
+        self.saying = False
+
+
+def test_a_signal_in_the_middle_of_a_line_saves(tree, new_run):
+    trainer, run = new_run("run", tree)
+    progress = SignalInSay()
+    assert train(trainer, run, progress) is Outcome.INTERRUPTED
+    assert list_checkpoints(run.checkpoints)[-1][0] == 4
+    assert progress.lines[-1].startswith("asked to stop: saving; once more leaves at once")
+
+
 def test_training_in_another_thread_needs_no_signals(tree, new_run):
     trainer, run = new_run("run", tree)
     outcomes = []
@@ -134,7 +160,7 @@ def test_a_diverged_run_names_step_and_checkpoint_and_keeps_them(tree, new_run, 
         with torch.no_grad():
             trainer.model.output.bias.fill_(float("nan"))
 
-    message = rf"the loss is nan at step 8 \(level \d\); the last checkpoint is {good};"
+    message = rf"the loss is nan at step 8 \(level \d\); the last checkpoint is {good}; a new run with"
     with pytest.raises(RunError, match=message):
         train(trainer, run, stop_at(7, poison))
     assert list_checkpoints(run.checkpoints) == [(5, good)]
