@@ -114,6 +114,7 @@ def eval_(
         result, step = evaluate_run(folder, config, checkpoint.value, split.value)
         for line in _table(result, step):
             typer.echo(line)
+        folder.write_evaluation({"step": step, "checkpoint": checkpoint.value, **result._asdict()})
 
 
 @app.command()

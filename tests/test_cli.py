@@ -124,6 +124,14 @@ def test_plot_without_matplotlib_says_what_to_install(config, monkeypatch):
     assert "matplotlib, which is not installed: pip install 'sparsemem[viz]'" in result.stderr
 
 
+def test_eval_shows_its_result_before_it_fails_to_write_it(config):
+    sparsemem("train", config, "--run", "run")
+    Path("run/eval.json").mkdir()
+    result = sparsemem("eval", "run", code=USER_ERROR)
+    assert result.stdout.splitlines()[-1].startswith("wrong bits a sequence: ")
+    assert re.match(r"error: cannot write run/.*eval.json.*: Is a directory\n$", result.stderr)
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_works(config):
     settings = ["--set", "training.steps=100000", "--set", "training.evaluate_every=null"]
     command = [sys.executable, "-m", "sparsemem.cli", "train", config, "--run", "run", *settings]

@@ -5,9 +5,11 @@ Shape letters: B batch, T steps, V words of the vocabulary.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,10 @@ class BabiTask(Task):
         for name, limit in limits.items():
             if limit is not None:
                 check_size(name, limit)
-        files = find_files(check_path(path), variant, self.tasks, qa3_path)
+        folder = check_path("path", path, "the path of the bAbI archive or folder")
+        if qa3_path is not None:
+            qa3_path = check_path("qa3_path", qa3_path, "the path of a training file")
+        files = find_files(folder, variant, self.tasks, qa3_path)
         self.sources = [file.name for file in files.values()]
         parsed = {key: parse_stories(key[0], file) for key, file in files.items()}
         self.vocabulary = build_vocabulary(parsed.values())
@@ -187,23 +192,28 @@ class BabiTask(Task):
         wrong = mask & (output.argmax(2) != batch.target)
         return torch.bincount(question[wrong]).count_nonzero(), begins.sum()
 
-    def per_task_errors(
-        self, predict: Callable[[Batch], Tensor], split: str = "test"
-    ) -> dict[int, float]:
-        """Error rate of each chosen task over all its stories in `split`.
+    @property
+    def identity(self) -> str:
+        """sha256 of the vocabulary: which word each id of inputs and outputs stands for."""
+        return hashlib.sha256(" ".join(self.vocabulary).encode()).hexdigest()
 
-        `predict(batch)` gives the logits [B, T, V], on any device.
-        """
-        errors = {}
-        for number in self.tasks:
-            wrong = total = 0
-            stories = [story for story in self._stories_of(split) if story.task == number]
-            for batch in self._batches(stories):
-                output = predict(batch)
-                parts = self.score(output, batch.to(output.device))
-                wrong, total = wrong + int(parts[0]), total + int(parts[1])
-            errors[number] = wrong / total if total else math.nan
-        return errors
+    def parts(self) -> dict[str, Task]:
+        """Each chosen task alone, with the vocabulary and the levels of all of them."""
+        return {f"task {number}": self._only(number) for number in self.tasks}
+
+    def has(self, split: str) -> bool:
+        """Whether there are stories in a split."""
+        return bool(self.stories[check_split(split)])
+
+    def _only(self, number: int) -> BabiTask:
+        other = copy.copy(self)
+        other.tasks = (number,)
+        other.stories = {
+            split: [story for story in stories if story.task == number]
+            for split, stories in self.stories.items()
+        }
+        other._plan = None
+        return other
 
 
 def check_tasks(tasks: Sequence[int] | int) -> tuple[int, ...]:
@@ -215,21 +225,21 @@ def check_tasks(tasks: Sequence[int] | int) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def check_path(path: str | PathLike[str]) -> Path:
+def check_path(name: str, path: str | PathLike[str], expected: str) -> Path:
     """Return `path` as a Path if it is one, or a text."""
     if not isinstance(path, str | PathLike):
-        raise TypeError(f"path is {path!r}, expected the path of the bAbI archive or folder")
+        raise TypeError(f"{name} is {path!r}, expected {expected}")
     return Path(path)
 
 
 def find_files(
-    path: Path, variant: str, tasks: tuple[int, ...], qa3_path: str | PathLike[str] | None
+    path: Path, variant: str, tasks: tuple[int, ...], qa3_path: Path | None
 ) -> dict[tuple[int, str], TextFile]:
     """The train and test file of each task, by (task, part), in that order."""
     wanted = [(task, part) for task in tasks for part in PARTS]
     given = {}
     if qa3_path is not None and 3 in tasks:
-        given[3, "train"] = read_text_file(Path(qa3_path))
+        given[3, "train"] = read_text_file(qa3_path)
     files = read_files(path, variant, set(wanted) - set(given)) | given
     missing = [key for key in wanted if key not in files]
     if missing:

@@ -100,6 +100,23 @@ class Task(IterableDataset[Batch]):
         self.split = check_split(split)
         self.dtype = check_dtype(dtype)
 
+    @property
+    def identity(self) -> str:
+        """What a trained model relies on beside the sizes, such as the meaning of word ids.
+
+        A checkpoint is refused by a task of another identity.
+        """
+        return ""
+
+    def has(self, split: str) -> bool:
+        """Whether there is anything in a split; endless tasks always have."""
+        check_split(split)
+        return True
+
+    def parts(self) -> dict[str, Task]:
+        """By name, the tasks that this one mixes, for figures of each; none for most tasks."""
+        return {}
+
     # What differs between tasks ------------------------------------------------------
 
     def make_batch(self, index: int, level: int) -> Batch:

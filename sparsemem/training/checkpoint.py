@@ -19,15 +19,54 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from sparsemem.training.errors import CheckpointError
+from sparsemem.training.errors import CheckpointError, DamagedError
 from sparsemem.training.files import place_folder
 
 FORMAT = "sparsemem checkpoint"
 VERSION = 1
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
+
+
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Files(BaseModel):
+    tensors: _File = Field(alias="tensors.safetensors")  # TENSORS; mypy wants it literal
+
+
+class _Model(BaseModel):
+    name: str
+
+
+class _Task(BaseModel):
+    identity: str
+
+
+class _Optimizer(BaseModel):
+    scalars: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+
+
+class _Manifest(BaseModel):
+    """What must be in a manifest, to say so before anything is taken from it."""
+
+    step: NonNegativeInt
+    files: _Files
+    model: _Model
+    task: _Task
+    optimizer: _Optimizer
+    schedule: dict[str, Any]
+    curriculum: dict[str, Any]
+    sums: dict[str, float]
+    validation: dict[str, float] | None
+    best: dict[str, float] | None
+    seconds: float
 
 
 class Checkpoint(NamedTuple):
@@ -96,10 +135,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     expected = manifest["files"][TENSORS]
     data = _read(file)
     if len(data) != expected["bytes"]:
-        raise CheckpointError(f"{file} is torn: {len(data)} bytes, expected {expected['bytes']}")
+        raise DamagedError(f"{file} is torn: {len(data)} bytes, expected {expected['bytes']}")
     digest = hashlib.sha256(data).hexdigest()
     if digest != expected["sha256"]:
-        raise CheckpointError(
+        raise DamagedError(
             f"{file} is damaged: its sha256 is {digest[:12]}..., expected"
             f" {expected['sha256'][:12]}..."
         )
@@ -114,9 +153,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The checked manifest of a checkpoint, without its tensors."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(_read(file))
-    except ValueError:
-        raise CheckpointError(f"{file} is torn: expected a JSON object") from None
+        manifest = json.loads(_read(file), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{file} is torn: expected a JSON object") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a manifest of a {FORMAT}")
     if manifest.get("version") != VERSION:
@@ -125,8 +164,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     digest = manifest.pop("sha256", None)
     if digest != _digest(manifest):
-        raise CheckpointError(f"{file} is damaged: its contents do not match their sha256")
+        raise DamagedError(f"{file} is damaged: its contents do not match their sha256")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise CheckpointError(
+            f"{file} is not of this version of sparsemem: {place}: {detail['msg']}"
+        ) from None
     return manifest
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
@@ -184,11 +235,13 @@ def restore_optimiser(
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"cannot read checkpoint file {file}: No such file") from None
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint file {file}: {error.strerror}") from None
 
 
 def _digest(body: Mapping[str, Any]) -> str:
     """Checksum of the manifest's own contents, free of spaces and key order."""
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

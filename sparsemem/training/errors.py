@@ -13,5 +13,9 @@ class CheckpointError(UserError):
     """A checkpoint is foreign, torn, of another model, or could not be written."""
 
 
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, torn or changed: an older one may be whole."""
+
+
 class RunError(UserError):
     """A run folder is missing or in use, or training cannot go on."""

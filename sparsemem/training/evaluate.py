@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from sparsemem.models.base import MemoryModel
 from sparsemem.tasks import Batch, Task
@@ -38,48 +37,60 @@ def evaluate(
     split: str,
     level: int,
     batches: int | None = None,
-    on_batch: Callable[[], Any] | None = None,
 ) -> Result:
-    """Run the model over the first batches of a split; leaves it in the mode it was in."""
+    """Run the model over the first batches of a split; leaves it in the mode it was in.
+
+    Over all of it (`batches` is None), `per_task` has the metric of each part of the task.
+    """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    wrong = total = loss = terms = touched = 0.0
-    sequences = 0
-    for batch in task.evaluation_batches(split, batches, level):
-        batch = batch.to(device)
-        output, state = model(batch.input)
-        one_wrong, one_total = task.score(output, batch)
-        wrong, total = wrong + one_wrong.item(), total + one_total.item()
-        loss, terms = (
-            loss + task.summed_loss(output, batch).item(),
-            terms + task.normaliser(batch).item(),
-        )
-        touched += state.touched.sum().item()
-        sequences += len(batch.input)
-        if on_batch is not None:
-            on_batch()
+    tallies = {
+        name: _tally(model, part, part.evaluation_batches(split, batches, level))
+        for name, part in _parts(task, split, batches).items()
+    }
     model.train(was_training)
+    whole = Tally(*map(sum, zip(*tallies.values(), strict=True)))
     return Result(
         split,
         level,
-        sequences,
+        int(whole.sequences),
         task.metric_name,
-        wrong / total,
-        loss / max(terms, 1),
-        touched / sequences,
-        None,
+        whole.wrong / whole.total,
+        whole.loss / max(whole.terms, 1),
+        whole.touched / whole.sequences,
+        None if "" in tallies else {name: t.wrong / t.total for name, t in tallies.items()},
     )
 
 
-def predictor(model: MemoryModel) -> Callable[[Batch], Tensor]:
-    """A function from a batch to the model's output for it, in evaluation mode."""
+class Tally(NamedTuple):
+    """Sums over the sequences seen."""
+
+    sequences: float = 0
+    wrong: float = 0
+    total: float = 0
+    loss: float = 0
+    terms: float = 0
+    touched: float = 0
+
+
+def _parts(task: Task, split: str, batches: int | None) -> dict[str, Task]:
+    """What to tell apart: the parts that have something in the split, or the task itself.
+
+    The first few batches are a sample of the whole, too small for figures of its parts.
+    """
+    if batches is not None or not task.parts():
+        return {"": task}
+    return {name: part for name, part in task.parts().items() if part.has(split)} or {"": task}
+
+
+def _tally(model: MemoryModel, task: Task, batches: Iterable[Batch]) -> Tally:
     device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def predict(batch: Batch) -> Tensor:
-        model.eval()
-        output: Tensor = model(batch.to(device).input)[0]
-        return output
-
-    return predict
+    tally = Tally()
+    for batch in batches:
+        batch = batch.to(device)
+        output, state = model(batch.input)
+        wrong, total = task.score(output, batch)
+        loss, terms = task.summed_loss(output, batch), task.normaliser(batch)
+        sums = (sum_.item() for sum_ in (wrong, total, loss, terms, state.touched.sum()))
+        tally = Tally(*map(sum, zip(tally, (len(batch.input), *sums), strict=True)))
+    return tally

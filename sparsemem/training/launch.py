@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsemem.training.checkpoint import load_checkpoint
+from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import Config
-from sparsemem.training.errors import ConfigError
-from sparsemem.training.evaluate import Result, evaluate, predictor
+from sparsemem.training.errors import ConfigError, DamagedError
+from sparsemem.training.evaluate import Result, evaluate
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import Setup, check_split, differing_keys, load_model, prepare
 from sparsemem.training.trainer import Outcome, Trainer
@@ -47,11 +48,31 @@ def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = prin
     _check_same_run(run, setup.config)
     trainer = _trainer(setup)
     with run.lock():
-        trainer.restore(run.newest_checkpoint())
+        with _older_checkpoint_named(run):
+            trainer.restore(run.newest_checkpoint())
+        if trainer.step > config.training.steps:
+            raise ConfigError(
+                f"training.steps is {config.training.steps}, expected at least {trainer.step},"
+                f" the steps that run {run.path} has done"
+            )
         run.cut_metrics(trainer.step)
         run.write_config(setup.config)
         announce(f"run {run.path}, going on from step {trainer.step}")
         return trainer.train(run)
+
+
+@contextmanager
+def _older_checkpoint_named(run: RunFolder) -> Iterator[None]:
+    """Let an error about a damaged newest checkpoint say how to go on from the one before."""
+    try:
+        yield
+    except DamagedError as error:
+        found = [path for _, path in list_checkpoints(run.checkpoints)]
+        if len(found) > 1 and f"{found[-1]}/" in str(error):
+            raise DamagedError(
+                f"{error}; remove {found[-1]} to go on from {found[-2].name}"
+            ) from None
+        raise
 
 
 def _trainer(setup: Setup) -> Trainer:
@@ -62,7 +83,13 @@ def _trainer(setup: Setup) -> Trainer:
 
 def _check_same_run(run: RunFolder, config: Config) -> None:
     old, new = run.config().model_dump(), config.model_dump()
+    schedule = config.training.schedule.name
     for path in differing_keys(old, new):
+        if path == "training.steps" and schedule != "constant":
+            raise ConfigError(
+                f"training.steps is {_value(new, path)}, expected {_value(old, path)} as in"
+                f" {run.config_file}: the {schedule} schedule depends on it"
+            )
         if path not in RESUME_MAY_CHANGE:
             raise ConfigError(
                 f"{path} is {_value(new, path)!r}, expected {_value(old, path)!r} as in"
@@ -83,16 +110,17 @@ def load_run(run: RunFolder, config: Config, which: str = "best") -> tuple[Setup
     `config` may differ from the run's own in anything that leaves the parameters' shapes.
     """
     setup = prepare(config)
-    path = run.best_checkpoint() if which == "best" else run.newest_checkpoint()
-    checkpoint = load_checkpoint(path)
-    load_model(setup.model, checkpoint, setup.config)
+    with _older_checkpoint_named(run):
+        path = run.best_checkpoint() if which == "best" else run.newest_checkpoint()
+        checkpoint = load_checkpoint(path)
+    load_model(setup, checkpoint)
     return setup, int(checkpoint.manifest["step"])
 
 
 def evaluate_run(
     run: RunFolder, config: Config, which: str = "best", split: str = "test"
 ) -> tuple[Result, int]:
-    """Evaluate a run's checkpoint and write eval.json; returns the result and the step."""
+    """Evaluate a run's checkpoint; returns the result and the checkpoint's step."""
     setup, step = load_run(run, config, which)
     check_split(setup, split)
     wanted = setup.config.evaluation
@@ -100,11 +128,4 @@ def evaluate_run(
     result = evaluate(
         setup.model, setup.evaluation_task, split=split, level=wanted.level, batches=wanted.batches
     )
-    errors = getattr(setup.evaluation_task, "per_task_errors", None)
-    if errors is not None and wanted.batches is None:
-        predict = predictor(setup.model)
-        result = result._replace(
-            per_task={f"task {k}": v for k, v in errors(predict, split).items()}
-        )
-    run.write_evaluation({"step": step, "checkpoint": which, **result._asdict()})
     return result, step

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsemem.training.checkpoint import list_checkpoints, read_manifest
+from sparsemem.training.checkpoint import checkpoint_path, list_checkpoints, read_manifest
 from sparsemem.training.config import Config, dump_config, load_config
 from sparsemem.training.errors import RunError
 from sparsemem.training.files import replace_file
@@ -87,8 +87,15 @@ class RunFolder:
         """The checkpoint of the lowest validation metric; the newest if there was no validation."""
         newest = self.newest_checkpoint()
         best = read_manifest(newest)["best"]
-        steps = dict(list_checkpoints(self.checkpoints))
-        return steps.get(best["step"], newest) if best else newest
+        if best is None:
+            return newest
+        path = checkpoint_path(self.checkpoints, int(best["step"]))
+        if not path.is_dir():
+            raise RunError(
+                f"the best checkpoint {path} is gone; take the last one ({newest.name}) instead,"
+                " with --checkpoint last"
+            )
+        return path
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line torn by a crash is left out."""

@@ -82,8 +82,13 @@ def build_model(config: Config, task: Task) -> MemoryModel:
     return model.to(device, dtype_of(config))
 
 
-def load_model(model: MemoryModel, checkpoint: Checkpoint, config: Config) -> None:
-    """Give a model the parameters of a checkpoint, once they are known to be its own."""
+def load_model(setup: Setup, checkpoint: Checkpoint) -> None:
+    """Give the model the parameters of a checkpoint, once they are known to be its own.
+
+    CheckpointError if they are of another model, or of a task whose inputs and outputs mean
+    something else, such as other words.
+    """
+    config, model, task = setup.config, setup.model, setup.task
     name = checkpoint.manifest["model"]["name"]
     if name.lower() != config.model.name.lower():
         raise CheckpointError(
@@ -91,6 +96,13 @@ def load_model(model: MemoryModel, checkpoint: Checkpoint, config: Config) -> No
         )
     tensors = checkpoint.part("model")
     check_tensors(tensors, model.state_dict(), checkpoint.path, config.model.name)
+    identity = checkpoint.manifest["task"]["identity"]
+    if identity != task.identity:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on inputs of another meaning: identity of its task"
+            f" {identity[:12] or 'none'}, of task {config.task.name} as configured"
+            f" {task.identity[:12] or 'none'} (for babi: the vocabulary, given by tasks and path)"
+        )
     model.load_state_dict(tensors)
 
 

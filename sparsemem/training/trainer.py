@@ -26,7 +26,7 @@ from sparsemem.training.checkpoint import (
     save_checkpoint,
 )
 from sparsemem.training.curriculum import make_curriculum
-from sparsemem.training.errors import RunError
+from sparsemem.training.errors import CheckpointError, RunError
 from sparsemem.training.evaluate import Result, evaluate
 from sparsemem.training.optimisers import make_optimiser, make_schedule
 from sparsemem.training.progress import Progress
@@ -218,6 +218,7 @@ class Trainer:
         return tensors, {
             "sparsemem": package_version(),
             "model": self.config.model.model_dump(),
+            "task": {"name": self.config.task.name, "identity": self.task.identity},
             "optimizer": {"name": self.config.training.optimizer.name, **optimiser_values},
             "schedule": self.schedule.state_dict(),
             "curriculum": self.curriculum.state_dict(),
@@ -230,7 +231,10 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; CheckpointError if it is damaged or of another model."""
         checkpoint = load_checkpoint(path)
-        load_model(self.model, checkpoint, self.config)
+        random = checkpoint.part("random")
+        if "cpu" not in random:
+            raise CheckpointError(f"{path} lacks the random state 'random.cpu'")
+        load_model(self.setup, checkpoint)
         manifest = checkpoint.manifest
         restore_optimiser(self.optimiser, checkpoint.part("optimizer"), manifest["optimizer"])
         self.schedule.load_state_dict(manifest["schedule"])
@@ -238,7 +242,6 @@ class Trainer:
         self.step = manifest["step"]
         self.sums, self.validation = manifest["sums"], manifest["validation"]
         self.best, self.seconds = manifest["best"], manifest["seconds"]
-        random = checkpoint.part("random")
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)

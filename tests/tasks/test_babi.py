@@ -161,16 +161,33 @@ def test_loss_is_the_mean_over_answer_words(folder):
     torch.testing.assert_close(sum(parts), expected)
 
 
-def test_per_task_errors(folder):
+def test_parts_are_each_task_alone_with_the_words_of_all(folder):
     task = build(folder)
+    task.batch(0)  # plans an epoch, which the parts must not share
+    parts = task.parts()
+    assert list(parts) == ["task 1", "task 2"]
+    for number, part in enumerate(parts.values(), 1):
+        assert part.identity == task.identity
+        assert part.max_level == task.max_level
+        stories = {id(s) for s in task.stories["test"] if s.task == number}
+        assert {id(s) for s in part.stories["test"]} == stories
+        shown = list(part.evaluation_batches("test"))
+        assert sum(len(batch.input) for batch in shown) == len(stories) == {1: 5, 2: 3}[number]
+        assert all(("apple" in answers(task, batch)) == (number == 2) for batch in shown)
+        assert len(part.batch(0).input) == 4
 
-    def predict(batch):
-        output = perfect(task, batch)
-        output[..., task.word_ids["apple"]] = 0  # never answers "apple": task 2 fails
-        return output
 
-    assert task.per_task_errors(predict) == {1: 0.0, 2: 1.0}
-    assert task.per_task_errors(lambda batch: perfect(task, batch), "train") == {1: 0.0, 2: 0.0}
+def test_identity_is_that_of_the_word_ids(folder):
+    one = build(folder, tasks=[1])
+    assert len(one.identity) == 64
+    assert one.identity == build(folder, tasks=[1], seed=4, batch_size=2).identity
+    before = one.identity
+    for part in ("train", "test"):
+        file = folder / "en" / f"qa1_x_{part}.txt"
+        file.write_text(file.read_text().replace("milk", "wine"))
+    other = build(folder, tasks=[1])
+    assert len(other.vocabulary) == len(one.vocabulary)
+    assert other.identity != before
 
 
 def test_long_stories_are_skipped_counted_and_reported(folder):
@@ -216,6 +233,7 @@ def test_substitute_for_task_3(folder):
         ({"max_sentences": 1}, "no story is left to train or to test on, with .*sentences': 1"),
         ({"path": "nowhere"}, "path is 'nowhere', which does not exist"),
         ({"path": 5}, "path is 5, expected the path of the bAbI archive or folder"),
+        ({"qa3_path": 5}, "qa3_path is 5, expected the path of a training file"),
         ({"split": "valid"}, "split is 'valid', expected one of"),
     ],
 )

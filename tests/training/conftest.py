@@ -48,6 +48,28 @@ def new_run(tmp_path):
     return make
 
 
+@pytest.fixture
+def babi(tmp_path):
+    """A folder of bAbI files, tasks 1 to 3: each of four words of its own in what it says."""
+    folder = tmp_path / "babi" / "en"
+    folder.mkdir(parents=True)
+    for task, (who, what) in enumerate((("mary", "milk"), ("john", "wine"), ("ann", "ale")), 1):
+        story = f"1 {who} has {what}.\n2 what has {who}?\t{what}\t1\n3 what has?\t{what}\t1\n"
+        for part in ("train", "test"):
+            (folder / f"qa{task}_x_{part}.txt").write_text(story * 4 * task)
+    return str(folder.parent)
+
+
+@pytest.fixture
+def babi_tree(tree, babi):
+    """A config of an LSTM on tasks 1 and 2 of the bAbI files."""
+    tree["model"] = {"name": "lstm", "hidden_size": 5}
+    tree["task"] = {"name": "babi", "path": babi, "variant": "en", "tasks": [1, 2]}
+    tree["task"]["validation_fraction"] = 0.25
+    tree["evaluation"] = {"batch_size": 3}
+    return tree
+
+
 class StopAt(Progress):
     """Sends a signal after a number of steps of this process."""
 

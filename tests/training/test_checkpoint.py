@@ -23,9 +23,22 @@ pytestmark = pytest.mark.usefixtures("plain_errors")
 TENSOR = {"model.w": torch.arange(6.0).view(2, 3), "random.cpu": torch.arange(5, dtype=torch.uint8)}
 
 
+STATE = {
+    "model": {"name": "sam"},
+    "task": {"name": "copy", "identity": ""},
+    "optimizer": {"scalars": {}, "param_groups": []},
+    "schedule": {},
+    "curriculum": {},
+    "sums": {},
+    "validation": None,
+    "best": None,
+    "seconds": 0.0,
+}
+
+
 def save(folder, step=3, **state):
     folder.mkdir(exist_ok=True)
-    return save_checkpoint(folder, step, TENSOR, {"best": None, **state})
+    return save_checkpoint(folder, step, TENSOR, {**STATE, **state})
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -42,7 +55,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
-    path = save_checkpoint(tmp_path, 1, {"a": whole, "b": whole.T, "c": whole[1]}, {})
+    path = save_checkpoint(tmp_path, 1, {"a": whole, "b": whole.T, "c": whole[1]}, STATE)
     loaded = load_checkpoint(path).tensors
     assert torch.equal(loaded["b"], whole.T)
     assert torch.equal(loaded["c"], whole[1])
@@ -71,6 +84,17 @@ def flip_last(data):
         ),
         (MANIFEST, lambda data: b"[1]", r"manifest.json is not a manifest of a sparsemem checkp"),
         (MANIFEST, lambda data: b"\x80\x04", r"manifest.json is torn"),
+        (MANIFEST, lambda data: b"[" * 10**5, r"manifest.json is torn"),
+        (
+            MANIFEST,
+            lambda data: data.replace(b'"seconds": 0.0', b'"seconds": NaN'),
+            r"manifest.json is torn: expected a JSON object",
+        ),
+        (
+            MANIFEST,
+            lambda data: data.replace(b'"seconds": 0.0', b'"seconds": 1e999'),
+            r"manifest.json is damaged",
+        ),
         (
             MANIFEST,
             lambda data: data.replace(b'"step": 3', b'"step": 4'),
@@ -89,6 +113,24 @@ def test_damage_is_named(tmp_path, file, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_checkpoint(path)
     assert str(path / file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {}}, rf"files.{TENSORS}: Field required$"),
+        ({"files": 3}, r"files: Input should be"),
+        ({"model": {}}, r"model.name: Field required$"),
+        ({"task": {}}, r"task.identity: Field required$"),
+        ({"best": 4}, r"best: Input should be"),
+        ({"schedule": None}, r"schedule: Input should be"),
+    ],
+)
+def test_a_manifest_with_other_keys_is_named(tmp_path, change, message):
+    path = save(tmp_path / "c", **change)
+    start = r"manifest.json is not of this version of sparsemem: "
+    with pytest.raises(CheckpointError, match=start + message):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("file", [TENSORS, MANIFEST])
@@ -202,7 +244,10 @@ def test_optimisers_survive_the_round_trip_bit_for_bit(tmp_path, make):
     step(optimiser, weight, 1)
     tensors, values = optimiser_tensors(optimiser)
     path = save_checkpoint(
-        tmp_path, 1, {f"optimizer.{k}": v for k, v in tensors.items()}, {"optimizer": values}
+        tmp_path,
+        1,
+        {f"optimizer.{k}": v for k, v in tensors.items()},
+        {**STATE, "optimizer": values},
     )
     copy = torch.nn.Parameter(weight.detach().clone())
     restored = make([copy])

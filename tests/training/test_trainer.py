@@ -1,14 +1,17 @@
 import json
 import os
+import shutil
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
-from sparsemem.training.config import make_config
+from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from sparsemem.training.config import make_config, override
 from sparsemem.training.errors import CheckpointError, ConfigError, RunError
+from sparsemem.training.evaluate import Result
 from sparsemem.training.launch import evaluate_run, resume
 from sparsemem.training.progress import Progress
 from sparsemem.training.run import RunFolder
@@ -46,14 +49,19 @@ CHANGES = {
     "truncated": {"truncate": 3},
     "rmsprop": {"optimizer": {"name": "rmsprop", "learning_rate": 0.01, "momentum": 0.9}},
     "double": {"dtype": "float64"},
+    "dropout": {},  # which draws from torch's random state
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("model", ["sam", "dnc"])
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [*(("sam", change) for change in CHANGES), *(("dnc", c) for c in CHANGES if c != "dropout")],
+)
 def test_resume_is_bit_for_bit(tree, new_run, stop_at, model, change):
     if model == "dnc":
         tree["model"] = {"name": "dnc", "hidden_size": 10, "num_slots": 8, "slot_dim": 4}
+    elif change == "dropout":
+        tree["model"]["bypass_dropout"] = 0.4
     tree["training"] |= CHANGES[change]
     tree["curriculum"] = {"name": "exponential", "threshold": 5.0, "window": 6}
     trainer, whole = new_run("whole", tree)
@@ -160,7 +168,9 @@ def test_a_diverged_run_names_step_and_checkpoint_and_keeps_them(tree, new_run, 
         with torch.no_grad():
             trainer.model.output.bias.fill_(float("nan"))
 
-    message = rf"the loss is nan at step 8 \(level \d\); the last checkpoint is {good}; a new run with"
+    message = (
+        rf"the loss is nan at step 8 \(level \d\); the last checkpoint is {good}; a new run with"
+    )
     with pytest.raises(RunError, match=message):
         train(trainer, run, stop_at(7, poison))
     assert list_checkpoints(run.checkpoints) == [(5, good)]
@@ -192,6 +202,19 @@ def test_stop_below_ends_the_run_and_stays_ended(tree, new_run):
     assert trainer.step == 5
     assert resume(run, run.config(), lambda line: None) is Outcome.REACHED
     assert run.newest_checkpoint().name == "step-00000005"
+
+
+def test_stop_below_is_not_reached_by_a_metric_at_it(tree, new_run, monkeypatch):
+    metrics = iter([3.0, 2.0, 1.99])
+
+    def measured(*args, split, level, batches):
+        return Result(split, level, 8, "wrong bits", next(metrics), 0.5, 9.0, None)
+
+    monkeypatch.setattr("sparsemem.training.trainer.evaluate", measured)
+    tree["training"] |= {"stop_below": 2.0}
+    trainer, run = new_run("run", tree)
+    assert train(trainer, run) is Outcome.REACHED
+    assert trainer.step == 15
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation(tree, new_run):
@@ -295,6 +318,113 @@ def test_a_checkpoint_of_another_model_changes_nothing(tree, new_run):
         trainer.restore(run.newest_checkpoint())
 
 
+def test_a_model_is_refused_by_a_task_whose_words_have_other_ids(babi_tree, new_run):
+    babi_tree["task"]["tasks"] = [1]
+    trainer, run = new_run("run", babi_tree)
+    train(trainer, run)
+    assert evaluate_run(run, run.config(), "last")[1] == 20
+    before = run.metrics_file.read_bytes()
+    other = make_config(override(run.config().model_dump(), ["task.tasks=[2]"]))
+    message = r"step-000000\d\d was trained on inputs of another meaning: identity of its task"
+    with pytest.raises(CheckpointError, match=message):
+        evaluate_run(run, other)
+    for file in (Path(babi_tree["task"]["path"]) / "en").glob("qa1*"):
+        file.write_text(file.read_text().replace("milk", "beer"))
+    with pytest.raises(CheckpointError, match=message):
+        resume(run, run.config(), lambda line: None)
+    assert run.metrics_file.read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_names_the_one_before(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    newest = run.newest_checkpoint()
+    file = newest / "tensors.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    steps = [step for step, _ in list_checkpoints(run.checkpoints)]
+    message = rf"is torn: .*; remove {newest} to go on from step-{steps[-2]:08d}$"
+    for go_on in (resume, lambda run, config: evaluate_run(run, config, "last")):
+        with pytest.raises(CheckpointError, match=message):
+            go_on(run, run.config())
+    file.write_bytes(whole)
+    (newest / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest.json is torn: .*; remove .*20 to go on"):
+        evaluate_run(run, run.config(), "best")
+    shutil.rmtree(newest)
+    assert resume(run, run.config(), lambda line: None) is Outcome.FINISHED
+    assert (newest / "tensors.safetensors").read_bytes() == whole
+
+
+def test_the_only_checkpoint_is_not_said_to_be_removed(tree, new_run):
+    tree["training"] |= {"evaluate_every": None, "keep_checkpoints": 1}
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    (run.newest_checkpoint() / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is torn: 0 bytes, expected \d+$"):
+        resume(run, run.config())
+
+
+def test_a_missing_best_checkpoint_is_named(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    trainer.best = {"step": 3, "metric": 0.0}
+    trainer.step, trainer._saved = 21, None
+    tensors, state = trainer.state()
+    save_checkpoint(run.checkpoints, 21, tensors, state)
+    with pytest.raises(RunError, match=r"^the best checkpoint .*step-00000003 is gone; take the"):
+        evaluate_run(run, run.config())
+
+
+def test_evaluation_takes_the_best_checkpoint_unless_told(tree, new_run):
+    tree["training"] |= {"steps": 60, "evaluate_every": 3, "keep_checkpoints": 1, "seed": 1}
+    tree["training"]["optimizer"]["learning_rate"] = 0.1
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    assert trainer.best["step"] < 60, "the last checkpoint is not the best one"
+    result, step = evaluate_run(run, run.config(), split="validation")
+    assert (step, result.metric) == (trainer.best["step"], trainer.best["metric"])
+    assert evaluate_run(run, run.config(), "last")[1] == 60
+
+
+def test_fewer_steps_than_are_done_are_refused(tree, new_run):
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    before = run.config_file.read_bytes()
+    tree["training"]["steps"] = 19
+    with pytest.raises(
+        ConfigError, match=r"^training.steps is 19, expected at least 20, the steps"
+    ):
+        resume(run, make_config(tree))
+    assert run.config_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_steps_that_the_schedule_depends_on_stay(tree, new_run, name):
+    tree["training"]["schedule"] = {"name": name}
+    trainer, run = new_run("run", tree)
+    train(trainer, run)
+    tree["training"]["steps"] = 30
+    message = rf"^training.steps is 30, expected 20 as in .*: the {name} schedule depends on it$"
+    with pytest.raises(ConfigError, match=message):
+        resume(run, make_config(tree))
+
+
+def test_the_learning_rate_follows_its_schedule_and_is_recorded(tree, new_run):
+    tree["training"] |= {"log_every": 1, "schedule": {"name": "linear", "warmup": 4}}
+    trainer, run = new_run("run", tree)
+    rates = []
+    hook = trainer.optimiser.register_step_pre_hook(
+        lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"])
+    )
+    train(trainer, run)
+    hook.remove()
+    expected = [0.0025, 0.005, 0.0075, 0.01, *(0.01 * (1 - i / 15) for i in range(16))]
+    assert rates == pytest.approx(expected)
+    recorded = [r["learning_rate"] for r in run.metrics() if r["kind"] == "train"]
+    assert recorded == pytest.approx(expected)
+
+
 def test_two_trainers_on_one_run_are_refused(tree, new_run):
     trainer, run = new_run("run", tree)
     train(trainer, run)
@@ -302,16 +432,13 @@ def test_two_trainers_on_one_run_are_refused(tree, new_run):
         resume(RunFolder.open(run.path), run.config())
 
 
-def test_evaluation_of_a_run_is_repeatable_and_written_down(tree, new_run):
+def test_evaluation_of_a_run_is_repeatable(tree, new_run):
     trainer, run = new_run("run", tree)
     train(trainer, run)
     result, step = evaluate_run(run, run.config(), "last")
     assert step == 20
     assert (result.split, result.level, result.sequences) == ("test", 4, 8)
     assert result == evaluate_run(run, run.config(), "last")[0]
-    written = json.loads(run.evaluation_file.read_text())
-    assert written["metric"] == result.metric
-    assert written["step"] == 20
     validation = evaluate_run(run, run.config(), "last", "validation")[0]
     recorded = [r for r in run.metrics() if r["kind"] == "validation"][-1]
     assert (validation.metric, validation.loss) == (recorded["metric"], recorded["loss"])
