@@ -15,10 +15,10 @@ import typer
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
 from sparsemem.training.config import Config, load_config
-from sparsemem.training.errors import UserError
+from sparsemem.training.errors import UserError, memory_explained
 from sparsemem.training.evaluate import Result
 from sparsemem.training.launch import evaluate_run, load_run, resume, start
-from sparsemem.training.run import RunFolder, new_run_path
+from sparsemem.training.run import RunFolder
 from sparsemem.training.trainer import Outcome
 
 USER_ERROR = 2
@@ -59,7 +59,8 @@ Checkpoint = Annotated[Which, typer.Option(help="Lowest validation metric, or th
 def _user_errors() -> Iterator[None]:
     """One clear line (or one for each problem) and exit code 2, without a traceback."""
     try:
-        yield
+        with memory_explained():
+            yield
     except UserError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
@@ -89,13 +90,15 @@ def train(
                     "--run and --resume: expected one of them, a run stays in its folder"
                 )
             folder = RunFolder.open(resume_)
-            outcome = resume(folder, load_config(config or folder.config_file, set_ or []), _say)
+            changes = set_ or []
+            wanted = load_config(config, changes) if config else folder.config(changes)
+            outcome = resume(folder, wanted, _say)
         elif config is None:
             raise UserError("expected CONFIG.yaml to train, or --resume RUN to go on with a run")
         else:
             checked = load_config(config, set_ or [])
-            folder = RunFolder(run or new_run_path(config))
-            outcome = start(checked, folder.path, _say)
+            path = run or Path("runs") / config.stem
+            folder, outcome = start(checked, path, _say, numbered=run is None)
         _report(folder, outcome)
     if outcome is Outcome.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
@@ -148,7 +151,7 @@ def tasks() -> None:
 def _open(run: Path, overrides: list[str] | None) -> tuple[RunFolder, Config]:
     """A run's folder and its config with changes; sets torch's thread count."""
     folder = RunFolder.open(run)
-    config = load_config(folder.config_file, overrides or [])
+    config = folder.config(overrides or [])
     torch.set_num_threads(config.training.threads)
     return folder, config
 

@@ -104,6 +104,46 @@ def test_errors_are_one_line_without_a_traceback(config, arguments, message):
     assert not Path("runs").exists(), "nothing was made"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model={name: dnc, hidden_size: 4, num_slots: 10000000000, slot_dim: 1000}"],
+        ["model={name: lstm, hidden_size: 10000000000}"],
+        ["task.max_level=100000000000000", "curriculum.minimum=100000000000000"],
+    ],
+)
+def test_what_does_not_fit_in_memory_is_one_line(config, settings):
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    result = sparsemem("train", config, "--run", "run", *arguments, code=USER_ERROR)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert "the config does not fit in memory" in line
+
+
+def test_a_relative_data_path_holds_in_another_folder(config, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "en"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        text = "1 Mary has milk.\n2 What has Mary?\tmilk\t1\n" * 4
+        (folder / f"qa1_x_{part}.txt").write_text(text)
+    task = "task={name: babi, path: data, variant: en, tasks: [1], validation_fraction: 0.25}"
+    model = "model={name: lstm, hidden_size: 4}"
+    sparsemem("train", config, "--run", "run", "--set", task, "--set", model)
+    monkeypatch.chdir(folder)
+    result = sparsemem("eval", str(tmp_path / "run"), "--set", "evaluation.batches=null")
+    assert re.search(r"^  task 1 +error rate \d", result.stdout, re.M)
+
+
+def test_errors_in_a_run_s_config_name_it(config):
+    sparsemem("train", config, "--run", "run")
+    file = Path("run/config.yaml")
+    file.write_text(file.read_text().replace("steps: 12", "stepz: 12"))
+    for arguments in (["eval", "run"], ["train", "--resume", "run"], ["plot", "run"]):
+        result = sparsemem(*arguments, code=USER_ERROR)
+        assert result.stderr.startswith("error: run/config.yaml: unknown key training.stepz: ")
+
+
 def test_a_damaged_checkpoint_is_refused_by_resume_and_eval(config):
     sparsemem("train", config, "--run", "run")
     file = Path("run/checkpoints/step-00000012/tensors.safetensors")

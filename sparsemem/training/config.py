@@ -80,8 +80,8 @@ class Training(Section):
     gradient_clip: Positive | None = 10.0
     truncate: Count | None = None
     stop_below: Annotated[Float, Field(ge=0)] | None = None
-    seed: Natural = 0
-    threads: Count = 1
+    seed: Annotated[Natural, Field(lt=2**63)] = 0  # what torch takes
+    threads: Annotated[Count, Field(le=1024)] = 1
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
     log_every: Count = 50
@@ -173,10 +173,19 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}{place}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: nested too deep") from None
+    except (ValueError, TypeError) as error:  # a date of month 13, a list as a key
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply `key=value` overrides, and check the whole."""
+    return make_config(override(read_tree(path), overrides))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a config file, unchecked."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -188,7 +197,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"{path}: expected sections ({', '.join(Config.model_fields)}), found {tree!r:.60}"
         )
-    return make_config(override(tree, overrides))
+    return tree
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,12 @@
 """Errors that a user can mend: the command line prints their one line without a traceback."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Torch has a class of its own for a full GPU only; elsewhere the message must tell.
+_MEMORY = re.compile(r"out of memory|can't allocate|allocator|overflow", re.IGNORECASE)
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a config, a file, a disk, a diverged run."""
@@ -19,3 +26,15 @@ class DamagedError(CheckpointError):
 
 class RunError(UserError):
     """A run folder is missing or in use, or training cannot go on."""
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn whatever says that memory is short, or a size beyond all memory, into a ConfigError."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _MEMORY.search(str(error)):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"the config does not fit in memory: {lines[0]}") from error

@@ -11,7 +11,7 @@ from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, DamagedError
 from sparsemem.training.evaluate import Result, evaluate
-from sparsemem.training.run import RunFolder
+from sparsemem.training.run import RunFolder, claim_folder
 from sparsemem.training.setup import Setup, check_split, differing_keys, load_model, prepare
 from sparsemem.training.trainer import Outcome, Trainer
 
@@ -30,13 +30,18 @@ RESUME_MAY_CHANGE = {
 }
 
 
-def start(config: Config, path: Path, announce: Callable[[str], Any] = print) -> Outcome:
-    """Train from the beginning in a new run folder."""
+def start(
+    config: Config, path: Path, announce: Callable[[str], Any] = print, *, numbered: bool = False
+) -> tuple[RunFolder, Outcome]:
+    """Train from the beginning in a new run folder; returns it, and why training ended.
+
+    `numbered`: where `path` is taken, take `path`-2, `path`-3, ...
+    """
     trainer = _trainer(prepare(config))
-    run = RunFolder.create(path, trainer.config)
-    announce(f"run {path}")
+    run = RunFolder.create(claim_folder(path) if numbered else path, trainer.config)
+    announce(f"run {run.path}")
     with run.lock():
-        return trainer.train(run)
+        return run, trainer.train(run)
 
 
 def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = print) -> Outcome:

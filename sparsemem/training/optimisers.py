@@ -25,7 +25,10 @@ _PLACE = "training.optimizer"
 
 
 def optimiser_options(name: str) -> dict[str, Any]:
-    """Options of a torch optimiser beside its learning rate, with their defaults."""
+    """Options of a torch optimiser beside its learning rate, with their defaults.
+
+    Without those for gradients through the optimiser and for CUDA graphs: nothing here has these.
+    """
     if name not in OPTIMISERS:
         raise ConfigError(
             f"{_PLACE}.name is {name!r}, expected an optimiser: {nearest(name, OPTIMISERS)}"
@@ -34,7 +37,7 @@ def optimiser_options(name: str) -> dict[str, Any]:
     return {
         key: list(value.default) if isinstance(value.default, tuple) else value.default
         for key, value in parameters.items()
-        if key not in ("params", "lr")
+        if key not in ("params", "lr", "differentiable", "capturable")
     }
 
 
@@ -43,8 +46,9 @@ def make_optimiser(config: Optimizer, parameters: Iterable[nn.Parameter]) -> tor
     known = optimiser_options(config.name)
     for key, value in config.options.items():
         if key not in known:
+            names = [*known, "learning_rate"]
             raise ConfigError(
-                f"unknown key {_PLACE}.{key} for {config.name!r}: {nearest(key, known)}"
+                f"unknown key {_PLACE}.{key} for {config.name!r}: {nearest(key, names)}"
             )
         _check_kind(f"{_PLACE}.{key}", value, known[key])
     options: dict[str, Any] = {

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
 from tqdm import tqdm
+
+
+def _columns(terminal: TextIO) -> int:
+    """Width of a terminal; 0 if it does not say, as under some job runners."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 class Progress:
@@ -18,7 +27,7 @@ class Progress:
         self._total = total
         self._stream = sys.stderr if stream is None else stream
         self._bar = None
-        if self._stream.isatty():
+        if self._stream.isatty() and _columns(self._stream) > 0:
             self._bar = tqdm(
                 total=total, initial=start, file=self._stream, unit="step", dynamic_ncols=True
             )

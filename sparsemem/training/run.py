@@ -10,22 +10,19 @@ eval.json       what `sparsemem eval` found last
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sparsemem.training.checkpoint import checkpoint_path, list_checkpoints, read_manifest
-from sparsemem.training.config import Config, dump_config, load_config
-from sparsemem.training.errors import RunError
+from sparsemem.training.config import Config, dump_config, make_config, override, read_tree
+from sparsemem.training.errors import ConfigError, RunError
 from sparsemem.training.files import replace_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -44,10 +41,11 @@ class RunFolder:
     def create(cls, path: Path, config: Config) -> RunFolder:
         """Make a new run folder; RunError if something is there already."""
         run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"go on with --resume {path}, or " if run.config_file.exists() else ""
-            raise RunError(f"run folder {path} is not empty: {hint}choose another --run")
         with _explained(path):
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                resumable = bool(list_checkpoints(run.checkpoints))
+                hint = f"go on with --resume {path}, or " if resumable else ""
+                raise RunError(f"run folder {path} is not empty: {hint}choose another --run")
             run.checkpoints.mkdir(parents=True)
             run.pictures.mkdir()
             run.write_config(config)
@@ -57,19 +55,30 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Open the folder of an earlier run; RunError if it is none."""
         run = cls(path)
-        if not path.is_dir():
-            raise RunError(f"run folder {path} does not exist{_others(path.parent)}")
-        if not run.config_file.is_file():
-            raise RunError(f"{path} is not a run folder: it has no config.yaml")
+        with _explained(path, "read"):
+            if not path.is_dir():
+                raise RunError(f"run folder {path} does not exist{_others(path.parent)}")
+            if not run.config_file.is_file():
+                raise RunError(f"{path} is not a run folder: it has no config.yaml")
         return run
 
-    def config(self) -> Config:
-        """The run's config as resolved."""
-        return load_config(self.config_file)
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The run's config as resolved, with `key=value` changes.
+
+        ConfigError names the file where it is at fault, and not for a change.
+        """
+        tree = read_tree(self.config_file)
+        try:
+            config = make_config(tree)
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            raise ConfigError("\n".join(f"{self.config_file}: {x}" for x in lines)) from None
+        return make_config(override(tree, overrides)) if overrides else config
 
     def write_config(self, config: Config) -> None:
         """Replace the run's config."""
-        replace_file(self.config_file, dump_config(config).encode())
+        with _explained(self.config_file):
+            replace_file(self.config_file, dump_config(config).encode())
 
     def write_evaluation(self, result: dict[str, Any]) -> None:
         """Replace eval.json."""
@@ -99,18 +108,19 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line torn by a crash is left out."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        with _explained(self.metrics_file, "read"):
+            if not self.metrics_file.exists():
+                return []
+            lines = self.metrics_file.read_bytes().splitlines()
         records = []
         for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                if number < len(lines):
-                    raise RunError(
-                        f"{self.metrics_file}, line {number}: not a JSON object"
-                    ) from None
+            record = _record(line)
+            if record is not None:
+                records.append(record)
+            elif number < len(lines):
+                raise RunError(
+                    f"{self.metrics_file}, line {number}: expected a JSON object with kind and step"
+                )
         return records
 
     def cut_metrics(self, step: int) -> None:
@@ -126,10 +136,11 @@ class RunFolder:
             file = open(self.path / ".lock", "w")  # noqa: SIM115 (closed after the run)
         with file:
             try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"run {self.path} is being trained by another process") from None
+            except OSError as error:
+                raise RunError(f"cannot lock {file.name}: {error.strerror}") from error
             yield
 
 
@@ -165,13 +176,32 @@ class MetricsLog:
             self._writer.close()
 
 
-def new_run_path(config_file: Path, root: Path = Path("runs")) -> Path:
-    """A folder for a run that does not exist yet: runs/copy-sam, runs/copy-sam-2, ..."""
-    path, number = root / config_file.stem, 1
-    while path.exists():
-        number += 1
-        path = root / f"{config_file.stem}-{number}"
-    return path
+def claim_folder(path: Path) -> Path:
+    """Make and return the first of `path`, `path`-2, `path`-3, ... that was not there.
+
+    Only one of several processes that ask at the same time gets a folder.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            claimed = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            try:
+                claimed.mkdir()
+            except FileExistsError:
+                continue
+            return claimed
+    raise AssertionError("unreachable: there are always more numbers")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record if isinstance(record.get("kind"), str) else None
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -193,9 +223,9 @@ def _others(folder: Path) -> str:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, doing: str = "write") -> Iterator[None]:
     """Turn a full disk or a missing permission into a RunError that names the place."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {error.filename or path}: {error.strerror}") from error
+        raise RunError(f"cannot {doing} {error.filename or path}: {error.strerror}") from error

@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.registry import find_model, make_model, model_options
-from sparsemem.tasks import Task, make_task
+from sparsemem.tasks import Task, make_task, task_options
 from sparsemem.training.checkpoint import Checkpoint, check_tensors
 from sparsemem.training.config import Config, make_config
 from sparsemem.training.errors import CheckpointError, ConfigError
@@ -25,6 +26,8 @@ _ELSEWHERE = {
     "dtype": "say training.dtype",
     "split": "training, validation and evaluation each take their own",
 }
+
+PATHS = {"path", "qa3_path"}  # options of tasks that name files
 
 
 class Setup(NamedTuple):
@@ -107,9 +110,10 @@ def load_model(setup: Setup, checkpoint: Checkpoint) -> None:
 
 
 def resolve(config: Config, task: Task) -> Config:
-    """The config with the defaults of its model and task written out.
+    """The config with the defaults of its model and task written out, and paths absolute.
 
-    So a run keeps its meaning when defaults change later.
+    So a run keeps its meaning when defaults change later, and in other folders. The
+    curriculum's minimum is the task's, or less if the levels given are all below it.
     """
     defaults = {
         key: value
@@ -118,8 +122,16 @@ def resolve(config: Config, task: Task) -> Config:
     }
     tree = config.model_dump()
     tree["model"] = {**tree["model"], **defaults, **config.model.options}
+    tree["task"] |= _task_defaults(config.task.name) | config.task.options
+    for key in PATHS & tree["task"].keys():
+        if tree["task"][key] is not None:
+            tree["task"][key] = str(Path(tree["task"][key]).absolute())
     curriculum, evaluation = tree["curriculum"], tree["evaluation"]
-    for key, level in (("minimum", task.min_level), ("maximum", task.max_level)):
+    highest = [curriculum[key] for key in ("initial", "maximum") if curriculum[key] is not None]
+    for key, level in (
+        ("minimum", min([task.min_level, *highest[:1]])),
+        ("maximum", task.max_level),
+    ):
         if curriculum[key] is None:
             curriculum[key] = level
     if evaluation["level"] is None:
@@ -132,6 +144,15 @@ def resolve(config: Config, task: Task) -> Config:
     return resolved
 
 
+def _task_defaults(name: str) -> dict[str, Any]:
+    """Defaults of a task's own options, as a config file has them."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in task_options(name).items()
+        if key not in _ELSEWHERE and value is not inspect.Parameter.empty
+    }
+
+
 def device_of(config: Config) -> torch.device:
     """The device that the config names, if this machine has it."""
     name = config.training.device
@@ -141,6 +162,8 @@ def device_of(config: Config) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"training.device is {name!r}, not usable here: {reason}") from None
+    if device.type == "meta":
+        raise ConfigError("training.device is 'meta', which holds no values: expected another")
     return device
 
 

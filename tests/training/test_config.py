@@ -45,6 +45,8 @@ def test_dump_and_load_give_the_same_config(tree, tmp_path):
         (["training.gradient_clip=true"], "^training.gradient_clip is True, expected a number"),
         (["training.gradient_clip=.nan"], "^training.gradient_clip is nan, expected a finite"),
         (["training.schedule.name=cosin"], "^training.schedule.name is 'cosin', expected 'const"),
+        (["training.threads=1025"], "^training.threads is 1025, expected less than or equal to 10"),
+        ([f"training.seed={2**63}"], "^training.seed is 9223372036854775808, expected less than"),
         (["training=3"], "^training is 3, expected a section"),
         (
             ["training.stop_below=0.1", "training.evaluate_every=null"],
@@ -90,6 +92,9 @@ def test_bad_settings(tree, setting, message):
     ("text", "message"),
     [
         ("model: {name: sam\ntask: 3", r"c.yaml, line 2, column 5: not valid YAML"),
+        ("when: 2020-13-45", r"c.yaml: not valid YAML: month must be in 1..12$"),
+        ("? [a]\n: 1", r"c.yaml: not valid YAML: "),
+        ("a: " + "[" * 10**4, r"c.yaml: not valid YAML: nested too deep$"),
         ("- 1", r"c.yaml: expected sections \(model, task, training, curriculum, evaluation\)"),
         ("task: {name: a}\ntask: {name: b}", r"c.yaml, line 2, column 1: .* 'task' is given twice"),
     ],

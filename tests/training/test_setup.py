@@ -1,10 +1,19 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparsemem.training.config import make_config, override
+from sparsemem.training.config import dump_config, make_config, override, parse_yaml
 from sparsemem.training.errors import ConfigError
 from sparsemem.training.launch import start
-from sparsemem.training.setup import check_split, describe, differing_keys, prepare
+from sparsemem.training.setup import (
+    build_task,
+    check_split,
+    describe,
+    differing_keys,
+    prepare,
+    resolve,
+)
 
 pytestmark = pytest.mark.usefixtures("plain_errors")
 
@@ -17,6 +26,54 @@ def test_defaults_are_written_out(tree):
     assert (config.curriculum.minimum, config.curriculum.maximum) == (1, 4)
     assert config.evaluation.level == 4
     assert prepare(config).config == config, "resolving again changes nothing"
+
+
+def test_defaults_of_the_task_are_written_out_and_paths_are_absolute(babi_tree, monkeypatch):
+    folder = Path(babi_tree["task"]["path"])
+    monkeypatch.chdir(folder.parent)
+    babi_tree["task"]["path"] = folder.name
+    config = prepare(make_config(babi_tree)).config
+    assert config.task.model_dump() == {
+        "name": "babi",
+        "path": str(folder),
+        "tasks": [1, 2],
+        "variant": "en",
+        "qa3_path": None,
+        "validation_fraction": 0.25,
+        "max_sentences": None,
+        "max_words": None,
+    }
+    monkeypatch.chdir("/")
+    assert prepare(config).config == config
+    assert load_dumped(config) == config
+
+
+def test_tuples_among_the_task_s_defaults_become_lists(babi_tree, monkeypatch):
+    del babi_tree["task"]["tasks"]
+    task = build_task(make_config(override(babi_tree, ["task.tasks=[1]"])), 1)
+    config = resolve(make_config(babi_tree), task)
+    assert config.task.options["tasks"] == list(range(1, 21))
+    assert load_dumped(config) == config
+
+
+def load_dumped(config):
+    return make_config(parse_yaml(dump_config(config), "dumped"))
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "minimum", "maximum"),
+    [
+        ({"name": "exponential", "initial": 1}, 1, 2),
+        ({"name": "exponential", "initial": 1, "maximum": 2}, 1, 2),
+        ({"name": "exponential", "maximum": 1}, 1, 1),
+        ({"maximum": 1}, 1, 1),
+        ({}, 2, 2),
+    ],
+)
+def test_the_minimum_is_not_above_the_levels_given(babi_tree, curriculum, minimum, maximum):
+    babi_tree["curriculum"] = curriculum  # the bAbI stories have two questions, shown whole
+    config = prepare(make_config(babi_tree)).config
+    assert (config.curriculum.minimum, config.curriculum.maximum) == (minimum, maximum)
 
 
 def test_the_seed_decides_the_parameters(tree):
@@ -53,6 +110,7 @@ def test_batch_sizes(tree):
         ("task.seed=3", r"^task.seed is not an option here: say training.seed$"),
         ("task={name: babi, path: /no/babi}", r"^task.path is '/no/babi', which does not exist"),
         ("training.device=cuda:99", r"^training.device is 'cuda:99', not usable here: "),
+        ("training.device=meta", r"^training.device is 'meta', which holds no values"),
         ("training.device=gpu", r"^training.device is 'gpu', not usable here: "),
         ("curriculum.minimum=9", r"^curriculum: minimum is 9, expected at most maximum = 4$"),
     ],
