@@ -109,6 +109,9 @@ def test_errors_are_one_line_without_a_traceback(config, arguments, message):
     [
         ["model={name: dnc, hidden_size: 4, num_slots: 10000000000, slot_dim: 1000}"],
         ["model={name: lstm, hidden_size: 10000000000}"],
+        ["model.hidden_size=100000000000000000000000"],
+        ["task.bits=100000000000000000000000"],
+        ["evaluation.level=99999999999999999999"],
         ["task.max_level=100000000000000", "curriculum.minimum=100000000000000"],
     ],
 )

@@ -4,8 +4,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Torch has a class of its own for a full GPU only; elsewhere the message must tell.
-_MEMORY = re.compile(r"out of memory|can't allocate|allocator|overflow", re.IGNORECASE)
+# Torch has a class of its own for a full GPU only, and torch and NumPy have none for a size
+# beyond all memory: the message must tell.
+_MEMORY = re.compile(
+    r"out of memory|can't allocate|allocator|overflow|array is too big|dimension exceeded",
+    re.IGNORECASE,
+)
 
 
 class UserError(Exception):
@@ -33,8 +37,11 @@ def memory_explained() -> Iterator[None]:
     """Turn whatever says that memory is short, or a size beyond all memory, into a ConfigError."""
     try:
         yield
-    except (MemoryError, OverflowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _MEMORY.search(str(error)):
+    except UserError:
+        raise
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        certain = isinstance(error, MemoryError | OverflowError)
+        if not certain and not _MEMORY.search(str(error)):
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"the config does not fit in memory: {lines[0]}") from error

@@ -78,9 +78,8 @@ def _parts(task: Task, split: str, batches: int | None) -> dict[str, Task]:
 
     The first few batches are a sample of the whole, too small for figures of its parts.
     """
-    if batches is not None or not task.parts():
-        return {"": task}
-    return {name: part for name, part in task.parts().items() if part.has(split)} or {"": task}
+    parts = task.parts() if batches is None else {}
+    return {name: part for name, part in parts.items() if part.has(split)} or {"": task}
 
 
 def _tally(model: MemoryModel, task: Task, batches: Iterable[Batch]) -> Tally:

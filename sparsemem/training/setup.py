@@ -18,7 +18,7 @@ from sparsemem.models.registry import find_model, make_model, model_options
 from sparsemem.tasks import Task, make_task, task_options
 from sparsemem.training.checkpoint import Checkpoint, check_tensors
 from sparsemem.training.config import Config, make_config
-from sparsemem.training.errors import CheckpointError, ConfigError
+from sparsemem.training.errors import CheckpointError, ConfigError, memory_explained
 
 _ELSEWHERE = {
     "seed": "say training.seed",
@@ -200,7 +200,8 @@ def package_version() -> str:
 def _section(name: str | None) -> Iterator[None]:
     """Turn what is refused into a ConfigError that names the section of the config, if given."""
     try:
-        yield
+        with memory_explained():
+            yield
     except OSError as error:
         place = f"{error.filename}: " if error.filename and error.strerror else ""
         raise ConfigError(_placed(name, f"{place}{error.strerror or error}")) from None

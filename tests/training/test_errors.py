@@ -10,7 +10,9 @@ from sparsemem.training.errors import ConfigError, memory_explained
     [
         lambda: torch.empty(2**60),
         lambda: torch.empty(2**62, 2**62),
+        lambda: torch.empty(10**30),
         lambda: np.empty(2**50),
+        lambda: np.empty(2**60),
         lambda: float(10**400),
         lambda: bytes(2**62),
     ],
