@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import io
 import json
@@ -152,19 +153,26 @@ def test_a_log_gets_plain_lines():
     )
 
 
+def read_all(terminal):
+    """What was written to a terminal whose other end is closed; Linux ends it with an error."""
+    parts = []
+    with open(terminal, "rb", buffering=0) as file, contextlib.suppress(OSError):
+        while part := file.read(10_000):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
 @pytest.mark.parametrize("columns", [0, 80])
 def test_a_terminal_without_a_width_gets_lines(columns):
     reader, writer = os.openpty()
     termios.tcsetwinsize(writer, (24, columns))
-    with open(writer, "w") as stream, open(reader, "rb"):
+    with open(writer, "w") as stream:
         progress = Progress(10, 0, "wrong bits", stream)
-        progress.step(VALUES)
         progress.log(5, VALUES)
         progress.close()
-        stream.flush()
-        shown = os.read(reader, 10_000).decode()
+    shown = read_all(reader)
     assert ("step 5/10: loss 0.2500" in shown) == (columns == 0)
-    assert ("1/10 [" in shown) == (columns == 80)
+    assert ("0/10 [" in shown) == (columns == 80)
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
