@@ -167,6 +167,28 @@ def test_plot_without_matplotlib_says_what_to_install(config, monkeypatch):
     assert "matplotlib, which is not installed: pip install 'sparsemem[viz]'" in result.stderr
 
 
+def test_eval_takes_the_best_checkpoint_unless_told(config):
+    sparsemem("train", config, "--run", "run", "--set", "training.steps=14")  # none validates 14
+    best = json.loads(Path("run/checkpoints/step-00000014/manifest.json").read_text())["best"]
+    for arguments, step in (([], best["step"]), (["--checkpoint", "last"], 14)):
+        result = sparsemem("eval", "run", *arguments)
+        assert result.stdout.startswith(f"checkpoint of step {step}, test split\n")
+        assert json.loads(Path("run/eval.json").read_text())["step"] == step
+    assert best["step"] in (6, 12)
+
+
+def test_runs_started_at_the_same_time_get_a_folder_each(config):
+    command = [sys.executable, "-m", "sparsemem.cli", "train", config]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for _ in range(2)]
+    for process in runs:
+        _, shown = process.communicate()
+        assert process.returncode == 0, shown.decode()
+    for name in ("tiny", "tiny-2"):
+        lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [4, 6, 8, 12, 12]
+
+
 def test_eval_shows_its_result_before_it_fails_to_write_it(config):
     sparsemem("train", config, "--run", "run")
     Path("run/eval.json").mkdir()
