@@ -12,6 +12,7 @@ DENSE = {"num_slots": 16, "slot_dim": 16, "num_heads": 1}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("model", "options", "rate"),
     [("sam", SPARSE, 3e-3), ("sdnc", SPARSE, 3e-3), ("dnc", DENSE, 3e-3), ("ntm", DENSE, 3e-3)],
