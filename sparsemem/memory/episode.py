@@ -118,6 +118,9 @@ class Episode:
     The rows are changed in place, so a handle serves for one write only: using it again is
     refused. `clone()` forks the memory (gradients flow back from both), `detach()` cuts the
     gradient.
+
+    Slots are to come from `least_recent` and `search`, which hand them out in the order of their
+    ids: memory is held for all slots up to the highest one used.
     """
 
     __slots__ = ("_operation", "_store", "_tape", "_token", "_version")
