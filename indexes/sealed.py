@@ -35,7 +35,7 @@ class SealedRows:
         self.minimum = minimum
         self.sealed = 0
         self._trained_at = 0
-        self._changed = 0  # sealed rows changed since the lists were trained
+        self._changed = 0  # changes of sealed rows, of all tables, since the lists were trained
         self._lists: list[Any] = [None] * batch_size
 
     def absorb(
@@ -48,7 +48,8 @@ class SealedRows:
         extent = int(touched.min())
         if extent < self.minimum or load_faiss() is None:
             return False
-        if extent >= 2 * self._trained_at or self._changed >= CHANGES * self._trained_at:
+        many = CHANGES * self._trained_at * len(self._lists)
+        if extent >= 2 * self._trained_at or self._changed >= many:
             self._train(extent, rows, norms)
         elif extent >= self.sealed + TAIL:
             for element, lists in enumerate(self._lists):
@@ -68,7 +69,7 @@ class SealedRows:
             if len(changed):
                 vectors = unit_rows(rows[element], norms[element], changed)
                 lists.update_vectors(changed.cpu().numpy(), vectors)
-        self._changed += ids.shape[1]
+                self._changed += len(changed)
 
     def candidates(
         self,

@@ -45,10 +45,8 @@ class TemporalLinks:
     def reserve(self, capacity: int) -> None:
         """Make room for slots 0 .. capacity - 1."""
         if capacity > self.follows.ids.shape[2]:
-            self.follows, self.precedes = (
-                grown(self.follows, capacity),
-                grown(self.precedes, capacity),
-            )
+            self.follows = grown(self.follows, capacity)
+            self.precedes = grown(self.precedes, capacity)
 
     def update(self, write: Entries, extent: int) -> None:
         """Link what a step wrote ([B, H, U]) behind what was written before it.

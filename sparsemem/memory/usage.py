@@ -18,8 +18,8 @@ class AccessOrder:
     A *lap* is the list of slots in the order of their last access when the lap began; lap 0
     is the slots in id order and is not stored. Slots not accessed since precede all that
     were, so the least recently accessed slots are the next entries of the lap that are
-    still free. A used-up lap is replaced by sorting: amortised over at least as many
-    accesses as there are slots, all of which have been touched by then.
+    still free. A used-up lap is replaced by sorting: amortised over accesses of nearly all
+    slots, which have been touched by then.
     """
 
     def __init__(self, batch_size: int, num_slots: int, device: torch.device) -> None:

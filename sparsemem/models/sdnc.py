@@ -96,14 +96,15 @@ class SDNCCell(SAMCell):
             links.update(write.detach(), extent)
             after = links.follow(links.follows, state.read.detach(), self.top_k, extent)
             before = links.follow(links.precedes, state.read.detach(), self.top_k, extent)
-        rows, episode = episode.read(torch.cat([before.ids, content_ids, after.ids], -1))
+        ids = torch.cat([before.ids, content_ids, after.ids], -1)
+        rows, episode = episode.read(ids)
         content_rows = rows[:, :, self.top_k : 2 * self.top_k]
         content = content_weights(interface.query, interface.strength, content_rows)
         last = state.read.weights.unsqueeze(-1)
         backward, forward = ((part.weights_of @ last).squeeze(-1) for part in (before, after))
         ways = torch.stack([backward, content, forward], 2)  # [B, H, 3, K]
         weights = (interface.modes.unsqueeze(-1) * ways).flatten(2)
-        return Entries(torch.cat([before.ids, content_ids, after.ids], -1), weights), rows, episode
+        return Entries(ids, weights), rows, episode
 
 
 class SDNC(MemoryModel):
