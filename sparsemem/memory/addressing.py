@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsemem.memory.cosine import COSINE_EPSILON, inverse_norm
+from sparsemem.indexes.metrics import COSINE_EPSILON, inverse_norm
 
 # Added to linked weights before they are sharpened, as the authors of the option do: reading a
 # slot without links gives the uniform distribution instead of 0 / 0.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.memory.addressing import oneplus
-from sparsemem.memory.cosine import cosine
+from sparsemem.indexes.metrics import cosine
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from sparsemem.memory import addressing
-from sparsemem.memory.cosine import COSINE_EPSILON
+from sparsemem.indexes.metrics import COSINE_EPSILON
 
 B, H, N, W, S = 2, 3, 5, 4, 3
 

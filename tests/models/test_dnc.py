@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsemem.memory.cosine import COSINE_EPSILON
+from sparsemem.indexes.metrics import COSINE_EPSILON
 from sparsemem.models.dnc import DNC, DNCState
 from sparsemem.models.lstm import LSTM
 

@@ -1,0 +1,1 @@
+"""Optimisers that step only the rows that a batch touched, and clipping that counts them."""
