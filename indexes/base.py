@@ -60,12 +60,15 @@ class Index(ABC):
     def _search(self, queries: Tensor, k: int) -> Found:
         """As `search`, with checked queries of the computing dtype, under the table's lock."""
 
+    @abstractmethod
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Be told of distinct live rows that were changed in place, under `lock.write()`."""
 
+    @abstractmethod
     def removed(self, ids: Int[Tensor, " n"]) -> None:
         """Be told of distinct rows that are no longer live, under `lock.write()`."""
 
+    @abstractmethod
     def rebuild(self) -> None:
         """Derive the index anew from all rows, and return when it is in use."""
 
@@ -73,7 +76,7 @@ class Index(ABC):
         """Figures to watch (see the class of the index)."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing to stop)
         """Stop what runs in the background. The index can still be searched."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import MISSING, Found, Index, best_of
@@ -20,6 +20,15 @@ class ExactIndex(Index):
 
     def _search(self, queries: Tensor, k: int) -> Found:
         return scan(self, queries, k)
+
+    def changed(self, ids: Int[Tensor, " n"]) -> None:
+        """Nothing to do: a scan sees the rows as they are."""
+
+    def removed(self, ids: Int[Tensor, " n"]) -> None:
+        """Nothing to do: a scan sees the marks as they are."""
+
+    def rebuild(self) -> None:
+        """Nothing to do."""
 
 
 def scan(index: Index, queries: Tensor, k: int) -> Found:

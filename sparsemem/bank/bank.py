@@ -17,7 +17,7 @@ from sparsemem.indexes.table import RowTable
 
 
 class Hit(NamedTuple):
-    """What a read found, best first. Where fewer than K rows are live: id -1, zeros, worst score."""
+    """What a read found, best first; where no more rows are live: id -1, zeros, worst score."""
 
     rows: Float[Tensor, "*Q K W"]
     values: Float[Tensor, "*Q K V"]

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.checks import check_at_most, check_size
+from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.indexes.ranking import top_k
 from sparsemem.indexes.sealed import SealedRows
-from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows, flatten_ids
 from sparsemem.memory.usage import AccessOrder

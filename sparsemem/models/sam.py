@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
-from sparsemem.memory.addressing import oneplus
 from sparsemem.indexes.metrics import cosine
+from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from sparsemem.memory import addressing
 from sparsemem.indexes.metrics import COSINE_EPSILON
+from sparsemem.memory import addressing
 
 B, H, N, W, S = 2, 3, 5, 4, 3
 
