@@ -4,16 +4,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sparsemem.errors import UserError
+
 # Torch has a class of its own for a full GPU only, and torch and NumPy have none for a size
 # beyond all memory: the message must tell.
 _MEMORY = re.compile(
     r"out of memory|can't allocate|allocator|overflow|array is too big|dimension exceeded",
     re.IGNORECASE,
 )
-
-
-class UserError(Exception):
-    """Something outside the program is wrong: a config, a file, a disk, a diverged run."""
 
 
 class ConfigError(UserError, ValueError):
