@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
 from sparsemem.training.config import Config, load_config
-from sparsemem.training.errors import UserError, memory_explained
+from sparsemem.training.errors import memory_explained
 from sparsemem.training.evaluate import Result
 from sparsemem.training.launch import evaluate_run, load_run, resume, start
 from sparsemem.training.run import RunFolder

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparsemem.errors import UserError
 from sparsemem.models.base import MemoryModel
 from sparsemem.tasks import Batch, Task
-from sparsemem.training.errors import UserError
 
 
 class Diverged(UserError):

@@ -22,8 +22,8 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
+from sparsemem.files import place_folder
 from sparsemem.training.errors import CheckpointError, DamagedError
-from sparsemem.training.files import place_folder
 
 FORMAT = "sparsemem checkpoint"
 VERSION = 1

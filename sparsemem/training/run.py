@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparsemem.files import replace_file
 from sparsemem.training.checkpoint import checkpoint_path, list_checkpoints, read_manifest
 from sparsemem.training.config import Config, dump_config, make_config, override, read_tree
 from sparsemem.training.errors import ConfigError, RunError
-from sparsemem.training.files import replace_file
 
 
 class RunFolder:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sparsemem.training import files
+from sparsemem import files
 from sparsemem.training.checkpoint import (
     MANIFEST,
     TENSORS,

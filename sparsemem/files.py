@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -36,16 +37,26 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def place_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder that appears with all its files in it, or not at all."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files into, which appears as `path` when the block ends well, or never.
+
+    Raises OSError where `path` is there already, unless it is an empty folder.
+    """
     beside = path.with_name(f".{path.name}.part")
     shutil.rmtree(beside, ignore_errors=True)  # what a crash may have left
     try:
         beside.mkdir(parents=True)
-        for name, data in files.items():
-            write_synced(beside / name, data)
+        yield beside
         sync_folder(beside)
         os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def place_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder that appears with all its files in it, or not at all."""
+    with new_folder(path) as folder:
+        for name, data in files.items():
+            write_synced(folder / name, data)
