@@ -20,6 +20,7 @@ class RowTable:
         self.rows = rows
         self.live = live
         self.lock = ReadWriteLock()
+        self.changes = 0  # how often marks were set: who keeps a list of live rows can see it age
         self.num_live = int(live.count_nonzero())
         self.extent = int(live.nonzero()[-1]) + 1 if self.num_live else 0  # rows beyond: not live
 
@@ -54,6 +55,7 @@ class RowTable:
             return
         before = int(self.live.index_select(0, ids).count_nonzero())
         self.live.index_fill_(0, ids, value)
+        self.changes += 1
         self.num_live += (len(ids) if value else 0) - before
         if value:
             self.extent = max(self.extent, int(ids.max()) + 1)
