@@ -1,0 +1,139 @@
+"""Any FAISS index, kept true while rows change: changed rows are searched exactly beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sparsemem.checks import check_fraction, check_size
+from sparsemem.indexes.base import Found, Index, best_of
+from sparsemem.indexes.derived import Derived, Setting
+from sparsemem.indexes.exact import ExactIndex, scan_rows
+from sparsemem.indexes.kinds import from_numpy, new_faiss_index, num_lists
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.recall import QuerySample
+from sparsemem.indexes.table import RowTable
+from sparsemem.indexes.upkeep import Upkeep
+
+BUFFER_ROWS = 2_048
+EXACT_BELOW = 16_384  # live rows; below, a scan is as fast
+
+
+class FreshIndex(Index):
+    """A FAISS index named by its factory string, over a table that keeps changing.
+
+    Changed rows are found exactly from the moment of the change, and what was there before
+    never is. Upkeep goes on beside the searches, in a background thread: the buffer of changed
+    rows is absorbed; recall is measured on a sample of live queries against exact search, and
+    the search looks harder where it comes near `min_recall`; after drift the lists are trained
+    anew, beside the old ones, and swapped in. An index that cannot hold `min_recall` gives way
+    to exact search, with a warning.
+
+    Args:
+        table, metric: as for every index.
+        name: FAISS factory string.
+        min_recall: floor of the recall; None: measured, but never tuned.
+        background: False: upkeep runs within the calls that make it due, which is
+            deterministic.
+        buffer_rows: changed rows beyond which they are absorbed.
+        exact_below: live rows below which every search is a scan. Default: 16,384, or 4 a list.
+    """
+
+    def __init__(
+        self,
+        table: RowTable,
+        metric: Metric,
+        name: str,
+        *,
+        min_recall: float | None = 0.95,
+        background: bool = True,
+        buffer_rows: int = BUFFER_ROWS,
+        exact_below: int | None = None,
+    ) -> None:
+        super().__init__(table, metric)
+        lists = num_lists(new_faiss_index(name, table.width, metric))  # refuses a wrong name now
+        self.name = name
+        self.min_recall = None if min_recall is None else check_fraction("min_recall", min_recall)
+        self.buffer_rows = check_size("buffer_rows", buffer_rows)
+        if exact_below is None:
+            exact_below = max(EXACT_BELOW, 4 * lists)
+        self.exact_below = check_size("exact_below", exact_below)
+        self.current: Derived | None = None  # what is searched; None: still a scan
+        self.next: Derived | None = None  # while it is being built
+        self.exact = ExactIndex(table, metric)
+        self.sample = QuerySample(table.rows, table.width, table.dtype)
+        self.scans = 0
+        self.upkeep = Upkeep(self, background)
+        with table.lock.write():
+            self.upkeep.changed(0)
+
+    def changed(self, ids: Int[Tensor, " n"]) -> None:
+        """Search these rows exactly from now on, and absorb them some time."""
+        rows = ids.cpu().numpy()
+        for derived in (self.current, self.next):
+            if derived is not None:
+                derived.mark(rows)
+        self.upkeep.changed(len(rows))
+
+    def removed(self, ids: Int[Tensor, " n"]) -> None:
+        """Nothing to tell: an entry counts only while its row is live."""
+        self.upkeep.changed(len(ids))
+
+    def rebuild(self) -> None:
+        """Train anew on all live rows and swap the result in, before returning."""
+        self.upkeep.rebuild()
+
+    def close(self) -> None:
+        """Stop the background threads. Changed rows are no longer absorbed, but still found."""
+        self.upkeep.close()
+
+    def stats(self) -> dict[str, Any]:
+        """What to watch.
+
+        recall (as last measured on live queries; None: not yet), imbalance (1: even lists),
+        buffered (changed rows searched exactly), age (seconds since the lists were trained),
+        rebuilds, bytes, effort and oversample (how hard a search looks), exact (whether all
+        searches are scans at the moment), scans (searches that fell back on all rows), error
+        (that ended the last upkeep, or None).
+        """
+        with self.table.lock.read():
+            current = self.current
+            return {
+                "index": self.name,
+                "imbalance": 1.0 if current is None else current.imbalance(),
+                "buffered": 0 if current is None else current.buffered,
+                "bytes": 0 if current is None else current.num_bytes(),
+                "effort": None if current is None else current.setting.effort,
+                "oversample": None if current is None else current.setting.oversample,
+                "scans": self.scans,
+                **self.upkeep.stats(),
+            }
+
+    def found(
+        self, derived: Derived, queries: Tensor, k: int, setting: Setting | None = None
+    ) -> Found:
+        """The best of what an index proposes and of its buffer, scored from the rows."""
+        ids = derived.candidates(queries, k, setting)
+        scores = self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
+        if derived.buffered:
+            buffer = from_numpy(derived.buffer, queries)
+            beside = scan_rows(self.table, self.metric, queries, buffer, k)
+            ids, scores = torch.cat([ids, beside.ids], 1), torch.cat([scores, beside.scores], 1)
+        return best_of(scores, ids, k, self.metric)
+
+    def _search(self, queries: Tensor, k: int) -> Found:
+        self.sample.add(queries, k)
+        derived = self.current
+        if derived is None or self.upkeep.exact_only:
+            return self.exact._search(queries, k)
+        found = self.found(derived, queries, k)
+        # Lists that were not probed may hold what is still missing.
+        short = (found.ids[:, : min(k, self.table.num_live)] < 0).any(1)
+        if short.any():
+            self.scans += 1
+            found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
+        self.upkeep.searched()
+        return found

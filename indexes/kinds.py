@@ -1,0 +1,145 @@
+"""FAISS indices by factory string: how they are made, and the knob that trades time for recall."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsemem.indexes.metrics import Metric, inverse_norm
+
+EXAMPLES = "'IVF4096,Flat', 'IVF4096,SQ8', 'IVF4096,PQ16np', 'HNSW32', 'LSH'"
+TRAINING_POINTS = 32  # a centroid, at most
+ITERATIONS = 6
+FAST_COARSE = 1024  # lists from which on the nearest centroids are themselves looked for in lists
+ASSIGNMENT_PROBES = 4  # finds the nearest of 4096 centroids for 97 % of rows, at an eighth the time
+BUILD_PROBES = 8  # for 99.8 %, at a quarter
+QUERY_PROBES = 8
+
+
+class Knob(NamedTuple):
+    """What trades time for recall: FAISS's name of it, and its greatest value."""
+
+    name: str | None  # None: there is none
+    limit: int
+
+
+def faiss_module() -> Any:
+    """FAISS; ImportError says how to install it."""
+    try:
+        import faiss  # after torch: they share one OpenMP pool
+    except ImportError:
+        raise ImportError(
+            "this index needs FAISS: install sparsemem[cpu] or sparsemem[gpu]; index='exact' and"
+            " index='product-key' do without"
+        ) from None
+    return faiss
+
+
+def new_faiss_index(name: str, width: int, metric: Metric) -> Any:
+    """An empty, untrained FAISS index; ValueError for a string that FAISS does not know."""
+    faiss = faiss_module()
+    measure = faiss.METRIC_L2 if metric is Metric.l2 else faiss.METRIC_INNER_PRODUCT
+    try:
+        index = faiss.index_factory(width, name, measure)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].split(": ")[-1]
+        raise ValueError(
+            f"index is {name!r}, expected 'exact', 'product-key' or a FAISS factory string that"
+            f" suits rows of width {width}, such as {EXAMPLES} (FAISS: {reason})"
+        ) from None
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        lists.cp.niter = ITERATIONS
+        lists.cp.max_points_per_centroid = TRAINING_POINTS
+        lists.cp.min_points_per_centroid = 1
+    return index
+
+
+def num_lists(index: Any) -> int:
+    """Inverted lists of a FAISS index; 0 where it has none."""
+    lists = faiss_module().try_extract_index_ivf(index)
+    return 0 if lists is None else int(lists.nlist)
+
+
+def updates_in_place(index: Any) -> bool:
+    """Whether a label's vector can be changed: plain inverted lists only."""
+    # The packed blocks of fast-scan lists cannot take one vector's code.
+    return isinstance(index, faiss_module().IndexIVF) and "FastScan" not in type(index).__name__
+
+
+def is_quantised(index: Any) -> bool:
+    """Whether the index scores something coarser than the rows, so that more are to be asked."""
+    faiss = faiss_module()
+    return not isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexHNSWFlat)
+
+
+def knob_of(index: Any) -> Knob:
+    """The knob of an index."""
+    faiss = faiss_module()
+    if num_lists(index):
+        return Knob("nprobe", num_lists(index))
+    if isinstance(index, faiss.IndexHNSW):
+        return Knob("efSearch", 4096)
+    return Knob(None, 1)
+
+
+def search_parameters(index: Any, effort: int) -> Any:
+    """FAISS's parameters of one search at a value of the knob; None: the index's own."""
+    faiss = faiss_module()
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=effort)
+    if not num_lists(index):
+        return None
+    if not isinstance(index, faiss.IndexPreTransform):
+        coarse = None
+        if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexIVF):
+            coarse = faiss.SearchParametersIVF(nprobe=max(QUERY_PROBES, effort // 4))
+        return faiss.SearchParametersIVF(nprobe=effort, quantizer_params=coarse)
+    inner = faiss.SearchParametersIVF(nprobe=effort)
+    return faiss.SearchParametersPreTransform(index_params=inner)
+
+
+def quicken(index: Any) -> tuple[Any, ...]:
+    """Look for the nearest of many centroids in inverted lists over them; trained, still empty.
+
+    A scan of 4096 centroids takes longer than the lists that a query then probes. The centroid
+    found for a row is the nearest but one now and then, which costs a query that probes several
+    lists next to nothing. Returns what has to live as long as the index.
+    """
+    faiss = faiss_module()
+    if not isinstance(index, faiss.IndexIVF) or index.nlist < FAST_COARSE:
+        return ()
+    flat = faiss.downcast_index(index.quantizer)
+    if not isinstance(flat, faiss.IndexFlat):
+        return ()
+    groups, metric = int(index.nlist**0.5), index.metric_type
+    inner = faiss.IndexFlat(index.d, metric)
+    coarse = faiss.IndexIVFFlat(inner, index.d, groups, metric)
+    coarse.cp.min_points_per_centroid = 1
+    centroids = flat.reconstruct_n(0, index.nlist)
+    coarse.train(centroids)
+    coarse.add(centroids)
+    coarse.nprobe = BUILD_PROBES
+    flat.this.own(True)  # it was the index's, which is not to free the new one
+    index.own_fields = False
+    index.quantizer = coarse
+    return flat, inner, coarse
+
+
+def to_faiss(vectors: Tensor, metric: Metric) -> Any:
+    """Rows or queries as FAISS is to see them: float32 numpy [n, W], for the cosine scaled.
+
+    FAISS refuses NaN, and a diverged network is the training loop's to report: NaN becomes 0.
+    """
+    if metric is Metric.cosine:
+        vectors = vectors * inverse_norm(vectors).unsqueeze(-1)
+    vectors = vectors.float().nan_to_num(0.0, 0.0, 0.0)
+    return np.ascontiguousarray(vectors.detach().cpu().numpy())
+
+
+def from_numpy(values: Any, like: Tensor) -> Tensor:
+    """A tensor of numpy values on the device of `like`."""
+    return torch.from_numpy(values).to(like.device)

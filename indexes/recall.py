@@ -1,0 +1,85 @@
+"""Recall on live queries: a sample of them, its measure against exact search, and the tuning."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.derived import Setting, ladder
+from sparsemem.indexes.metrics import Metric
+
+SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
+OF_A_BATCH = 4  # queries that are kept of each
+MOST_OVERSAMPLING = 64
+PLATEAU = 0.002  # a rise of recall that is not worth looking harder
+
+
+class QuerySample:
+    """The latest queries, some of each batch, and the k that was asked for last."""
+
+    def __init__(self, like: Tensor, width: int, dtype: torch.dtype) -> None:
+        self._rows = torch.zeros(SAMPLE, width, dtype=dtype, device=like.device)
+        self._lock = threading.Lock()  # readers search side by side
+        self.seen = 0  # queries, all of them
+        self._kept = 0
+        self.k = 8
+
+    def add(self, queries: Tensor, k: int) -> None:
+        """Keep a few of a batch of queries."""
+        with self._lock:
+            # A wandering offset, so that no place in the batch is preferred.
+            step = max(1, len(queries) // OF_A_BATCH)
+            some = queries[self.seen % step :: step][:OF_A_BATCH]
+            place = (self._kept + torch.arange(len(some))) % SAMPLE
+            self._rows[place] = some
+            self._kept += len(some)
+            self.seen += len(queries)
+            self.k = k
+
+    def queries(self) -> Tensor:
+        """A copy of the sample [n, W]; empty while there is none."""
+        with self._lock:
+            return self._rows[: min(self._kept, SAMPLE)].clone()
+
+
+def recall(found: Found, truth: Found, metric: Metric) -> float:
+    """Share of the true neighbours that were found, ties with the last one counting as true."""
+    there = truth.ids >= 0
+    if not there.any():
+        return 1.0
+    worst = truth.scores.masked_fill(~there, torch.inf * metric.sign)
+    worst = worst.amin(1, keepdim=True) if metric.sign > 0 else worst.amax(1, keepdim=True)
+    good = (found.ids >= 0) & (metric.sign * found.scores >= metric.sign * worst)
+    hits = torch.minimum(good.sum(1), there.sum(1))
+    return float(hits.sum() / there.sum())
+
+
+def tune(
+    measure: Callable[[Setting], float], start: Setting, limit: int, target: float
+) -> tuple[Setting, float]:
+    """The cheapest setting that reaches the target recall, or the best one; and its recall.
+
+    Looks harder step by step; where that does not help any more, asks for more candidates.
+    """
+    oversample = start.oversample
+    best = (start, -1.0)
+    efforts = ladder(limit)
+    while oversample <= MOST_OVERSAMPLING:
+        before = -1.0
+        for effort in efforts:
+            setting = Setting(effort, oversample)
+            reached = measure(setting)
+            if reached > best[1]:
+                best = (setting, reached)
+            if reached >= target:
+                return setting, reached
+            if reached < before + PLATEAU and effort > efforts[len(efforts) // 2]:
+                break
+            before = reached
+        efforts = [effort for effort in efforts if effort >= best[0].effort]
+        oversample *= 2
+    return best

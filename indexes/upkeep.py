@@ -1,0 +1,256 @@
+"""When a fresh index absorbs, measures, tunes and trains anew, and how, beside the searches."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.derived import Abandoned, Derived, Setting
+from sparsemem.indexes.recall import SAMPLE, recall, tune
+from sparsemem.indexes.worker import Worker, stand_back
+
+if TYPE_CHECKING:
+    from sparsemem.indexes.fresh import FreshIndex
+
+ABSORBED_AT_ONCE = 512  # rows for which searches may have to wait
+MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
+CHECK_QUERIES = 8_192  # after so many, and
+CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
+RESTING = 2  # in the background, a check rests for so many times as long as it took
+PATIENCE = 60.0  # seconds before what failed is tried again
+BUILDER_NICE = 10
+
+# The recall to tune for and the one at which to tune again, between the floor (0) and 1.
+TARGET, ALARM = 0.5, 0.2
+
+# What calls for lists trained anew.
+UNEVEN = 2.0  # imbalance over that of new lists
+REPLACED = 0.5  # rows absorbed, as a share of those built from
+GROWN = 2.0  # live rows over those built from
+STALE = 0.3  # share of the entries
+
+
+class Upkeep:
+    """Looks after one `FreshIndex`, in the background or within the calls that make it due."""
+
+    def __init__(self, index: FreshIndex, background: bool) -> None:
+        self.index = index
+        self.exact_only = False  # the index cannot hold the floor
+        self.recall: float | None = None
+        self.rebuilds = 0
+        self.error: BaseException | None = None
+        self._built_rows, self._built_imbalance, self._built_at = 0, 1.0, time.monotonic()
+        self._imbalance = 1.0  # as last measured
+        self._changes = 0  # rows changed since the last check
+        self._checked_queries = 0
+        self._rest_until = 0.0
+        self._failed_at = -PATIENCE
+        self._building = threading.Lock()
+        self._builder: threading.Thread | None = None
+        self._worker = Worker(self) if background else None
+
+    def changed(self, count: int) -> None:
+        """Rows were changed or removed, under the table's write lock."""
+        self._changes += count
+        index, current = self.index, self.index.current
+        # Whoever changes rows faster than they are absorbed in the background lends a hand.
+        limit = index.buffer_rows * (1 if self._worker is None else 2)
+        if current is not None and current.buffered > limit:
+            self._guarded(lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
+        if self._worker is None:
+            self._guarded(self._check_if_due)
+            self._guarded(self._rebuild_if_due)
+        elif self._absorb_due() or self._check_due() or self._rebuild_due():
+            self._worker.wake()
+
+    def searched(self) -> None:
+        """A search has ended, under the table's read lock."""
+        if not self._check_due():
+            return
+        if self._worker is None:
+            self._guarded(self._check_if_due)
+        else:
+            self._worker.wake()
+
+    def maintain(self) -> None:
+        """Do what is due: called by the background thread."""
+        self._guarded(self._absorb)
+        if time.monotonic() >= self._rest_until:
+            started = time.monotonic()
+            self._guarded(self._check_if_due)
+            self._rest_until = time.monotonic() + RESTING * (time.monotonic() - started)
+        if self._rebuild_due() and (self._builder is None or not self._builder.is_alive()):
+            assert self._worker is not None
+            self._builder = self._worker.start(self._build_aside)
+
+    def rebuild(self) -> None:
+        """Build anew now, in the calling thread."""
+        if self._worker is not None:
+            self._build()
+        else:
+            with self.index.table.lock.write():
+                self._build()
+
+    def close(self) -> None:
+        """Return when nothing runs in the background any more."""
+        if self._worker is not None:
+            self._worker.stop()
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of `FreshIndex.stats` that are kept here."""
+        return {
+            "recall": self.recall,
+            "age": time.monotonic() - self._built_at,
+            "rebuilds": self.rebuilds,
+            "exact": self.index.current is None or self.exact_only,
+            "error": None if self.error is None else repr(self.error),
+        }
+
+    # Absorbing
+
+    def _absorb_due(self) -> bool:
+        current = self.index.current
+        return current is not None and current.buffered > self.index.buffer_rows
+
+    def _absorb(self) -> None:
+        while True:
+            with self.index.table.lock.write():
+                current = self.index.current
+                if current is None or current.buffered <= self.index.buffer_rows // 2:
+                    return
+                current.absorb(ABSORBED_AT_ONCE)
+
+    # Measuring and tuning
+
+    def _check_due(self) -> bool:
+        if self.index.current is None or self.exact_only:
+            return False
+        rows = max(CHECK_ROWS, self.index.table.num_live // 100)
+        queries = self.index.sample.seen - self._checked_queries
+        return self._changes >= rows or queries >= CHECK_QUERIES
+
+    def _check_if_due(self) -> None:
+        """Measure the recall on live queries; look harder where it comes near the floor."""
+        derived, queries = self.index.current, self.index.sample.queries()
+        if derived is None or not self._check_due():
+            return
+        self._changes, self._checked_queries = 0, self.index.sample.seen
+        self._imbalance = derived.imbalance()
+        if not len(queries):
+            return
+        truth = self._truth(queries)
+        self.recall = self._measured(derived, derived.setting, queries, truth)
+        if self.index.min_recall is not None and self.recall < self._floor(ALARM):
+            self._tune(derived, queries, truth)
+
+    def _floor(self, part: float) -> float:
+        assert self.index.min_recall is not None
+        return self.index.min_recall + part * (1 - self.index.min_recall)
+
+    def _tune(self, derived: Derived, queries: Tensor, truth: Found) -> None:
+        derived.setting, self.recall = tune(
+            lambda setting: self._measured(derived, setting, queries, truth),
+            derived.start,
+            derived.knob.limit,
+            self._floor(TARGET),
+        )
+        self.exact_only = self.recall < self._floor(0)
+        if self.exact_only:
+            warnings.warn(
+                f"index {self.index.name!r} reaches a recall of {self.recall:.3f} at most on live"
+                f" queries, min_recall is {self.index.min_recall}: searching exactly from now on",
+                stacklevel=2,
+            )
+
+    def _truth(self, queries: Tensor) -> Found:
+        # Without the lock, which a scan would hold for long: a row that changes meanwhile is
+        # one among many.
+        return self.index.exact._search(queries, self.index.sample.k)
+
+    def _measured(self, derived: Derived, setting: Setting, queries: Tensor, truth: Found) -> float:
+        parts = []
+        for some in torch.split(queries, MEASURED_AT_ONCE):
+            with self.index.table.lock.read():
+                parts.append(self.index.found(derived, some, self.index.sample.k, setting))
+        found = Found(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return recall(found, truth, self.index.metric)
+
+    # Building
+
+    def _rebuild_due(self) -> bool:
+        current, live = self.index.current, self.index.table.num_live
+        if live < self.index.exact_below or time.monotonic() < self._failed_at + PATIENCE:
+            return False
+        if current is None or live > GROWN * self._built_rows:
+            return True
+        worn = current.absorbed > REPLACED * self._built_rows or current.stale() > STALE * live
+        return worn or self._imbalance > UNEVEN * self._built_imbalance
+
+    def _rebuild_if_due(self) -> None:
+        if self._rebuild_due():
+            self._build()
+
+    def _build_aside(self) -> None:
+        stand_back(BUILDER_NICE)
+        assert self._worker is not None
+        worker = self._worker
+        with contextlib.suppress(Abandoned):
+            self._guarded(lambda: self._build(lambda: worker.stopped))
+
+    def _build(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Build beside what is searched, then swap: readers see one or the other, whole."""
+        index = self.index
+        with self._building:
+            derived = Derived(index.table, index.metric, index.name)
+            with index.table.lock.write():
+                index.next = derived if index.table.num_live else None  # told of changes now
+                built_rows = index.table.num_live
+            try:
+                if built_rows:
+                    derived.build(stopped)
+                    self._catch_up(derived)
+                    self._settle(derived)
+                    self._catch_up(derived)
+                with index.table.lock.write():
+                    index.current, self._built_rows = index.next, built_rows
+            finally:
+                index.next = None
+            self._built_at, self._built_imbalance = time.monotonic(), derived.imbalance()
+            self._imbalance = self._built_imbalance
+            self.rebuilds += 1
+
+    def _catch_up(self, derived: Derived) -> None:
+        """Absorb what has changed while it was built, until little is left."""
+        while derived.buffered > self.index.buffer_rows // 2:
+            with self.index.table.lock.read():  # keeps writers, who mark rows, out
+                derived.absorb(ABSORBED_AT_ONCE)
+
+    def _settle(self, derived: Derived) -> None:
+        """Choose how hard to look, on live queries, or on rows while there are none."""
+        index = self.index
+        if index.min_recall is None:
+            return
+        queries = index.sample.queries()
+        if not len(queries):
+            live = index.table.live[: index.table.extent].nonzero().squeeze(1)
+            queries = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
+        self._tune(derived, queries, self._truth(queries))
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Upkeep that fails leaves the index as it was, and true: it is tried again later."""
+        try:
+            action()
+        except Abandoned:
+            raise
+        except Exception as error:
+            if self.error is None:
+                warnings.warn(f"upkeep of index {self.index.name!r}: {error!r}", stacklevel=2)
+            self.error, self._failed_at = error, time.monotonic()

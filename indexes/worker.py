@@ -1,0 +1,89 @@
+"""A background thread that looks after an object, for as long as that lives."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+NICE = 5  # the searches go before the upkeep, where the system lets a thread stand back
+
+
+class Maintained(Protocol):
+    """What a worker looks after."""
+
+    def maintain(self) -> None:
+        """Do what is due."""
+
+
+class Worker:
+    """Calls `maintain` of an object whenever it is woken; does not keep the object alive."""
+
+    def __init__(self, target: Maintained) -> None:
+        self._wake, self._stopped = threading.Event(), threading.Event()
+        reference = weakref.ref(target, lambda _: self._wake.set())
+        self._thread = self.start(_run, reference, self._wake, self._stopped)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether everything is to end: long work is to look at this now and then."""
+        return self._stopped.is_set()
+
+    def wake(self) -> None:
+        """Have `maintain` called soon."""
+        self._wake.set()
+
+    def start(self, function: Callable[..., None], *arguments: Any) -> threading.Thread:
+        """Run a function in a thread of its own, which `stop` waits for."""
+        thread = threading.Thread(target=function, args=arguments, daemon=True)
+        _running[thread] = self
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        """Return when nothing runs any more."""
+        self._stopped.set()
+        self._wake.set()
+        for thread, worker in list(_running.items()):
+            if worker is self and thread is not threading.current_thread():
+                thread.join()
+
+
+# Threads that are cut off inside C++ take the interpreter down with them: they are waited for.
+_running: weakref.WeakKeyDictionary[threading.Thread, Worker] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for worker in set(_running.values()):
+        worker.stop()
+
+
+def stand_back(nice: int) -> None:
+    """Lower the priority of the calling thread, and let it use one core."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    with contextlib.suppress(ImportError):
+        import faiss
+
+        faiss.omp_set_num_threads(1)  # of this thread alone
+
+
+def _run(
+    reference: weakref.ref[Maintained], wake: threading.Event, stopped: threading.Event
+) -> None:
+    stand_back(NICE)
+    while True:
+        wake.wait()
+        wake.clear()
+        target = reference()
+        if target is None or stopped.is_set():
+            return
+        target.maintain()
+        del target  # or the worker would keep it alive while it sleeps
