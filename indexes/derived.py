@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
+    faiss_module,
     from_numpy,
     is_quantised,
     knob_of,
@@ -91,10 +92,9 @@ class Derived:
         self.faiss.train(self._vectors(live[::step].to(self.table.live.device)))
         self._quantisers = quicken(self.faiss)
         if self.in_place:
-            from faiss import DirectMap
-
-            self.faiss.set_direct_map_type(DirectMap.Array)
-        for ids in torch.split(live, BUILD_CHUNK):
+            self.faiss.set_direct_map_type(faiss_module().DirectMap.Array)
+        for start in range(0, len(live), BUILD_CHUNK):
+            ids = live[start : start + BUILD_CHUNK]
             if stopped():
                 raise Abandoned
             self._add(ids.numpy(), self._vectors(ids.to(self.table.live.device)))
@@ -152,10 +152,8 @@ class Derived:
 
     def imbalance(self) -> float:
         """How uneven the lists are: 1 is even; n: a search takes about n times as long."""
-        from faiss import try_extract_index_ivf
-
-        lists = try_extract_index_ivf(self.faiss)
-        return 1.0 if lists is None or lists.invlists is None else lists.invlists.imbalance_factor()
+        lists = faiss_module().try_extract_index_ivf(self.faiss)
+        return 1.0 if lists is None else float(lists.invlists.imbalance_factor())
 
     def stale(self) -> int:
         """Entries that are not valid, at least: rows gone or entered again under a new label."""

@@ -177,7 +177,8 @@ class Upkeep:
 
     def _measured(self, derived: Derived, setting: Setting, queries: Tensor, truth: Found) -> float:
         parts = []
-        for some in torch.split(queries, MEASURED_AT_ONCE):
+        for start in range(0, len(queries), MEASURED_AT_ONCE):
+            some = queries[start : start + MEASURED_AT_ONCE]
             with self.index.table.lock.read():
                 parts.append(self.index.found(derived, some, self.index.sample.k, setting))
         found = Found(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
