@@ -1,5 +1,6 @@
 """Neural networks with millions of memory rows: sparse access memory for PyTorch."""
 
+from sparsemem.layers.memory_layer import MemoryLayer
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel
 from sparsemem.models.controller import LSTMController
@@ -21,6 +22,7 @@ __all__ = [
     "Episode",
     "LSTMCell",
     "LSTMController",
+    "MemoryLayer",
     "MemoryModel",
     "NTMCell",
     "SAMCell",

@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, its value and what was expected."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -55,3 +56,10 @@ def check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
             f"{name} is {tensor.dtype} on {tensor.device}, the model's parameters are"
             f" {parameter.dtype} on {parameter.device}"
         )
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}, expected a number above 0")
+    return value
