@@ -1,5 +1,6 @@
 """Neural networks with millions of memory rows: sparse access memory for PyTorch."""
 
+from sparsemem.bank.bank import Hit, MemoryBank
 from sparsemem.layers.memory_layer import MemoryLayer
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel
@@ -20,8 +21,10 @@ __all__ = [
     "Cell",
     "DNCCell",
     "Episode",
+    "Hit",
     "LSTMCell",
     "LSTMController",
+    "MemoryBank",
     "MemoryLayer",
     "MemoryModel",
     "NTMCell",

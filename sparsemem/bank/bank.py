@@ -1,19 +1,33 @@
-"""MemoryBank: millions of rows that outlive a sequence, found by content."""
+"""MemoryBank: millions of rows that outlive a sequence, found by content.
+
+Letters: N rows, W width of keys, V width of values, K rows read a query, n rows of a call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from sparsemem.bank.book import RowBook
-from sparsemem.bank.rows import gather, own, zeros
-from sparsemem.indexes.base import check_ids, check_rows
-from sparsemem.indexes.factory import make_index
-from sparsemem.indexes.metrics import Metric
-from sparsemem.indexes.table import RowTable
+from sparsemem.bank.arguments import (
+    check_bank_ids,
+    check_bank_queries,
+    check_live,
+    check_table,
+    check_tags,
+)
+from sparsemem.bank.book import FOREVER, NO_TAG
+from sparsemem.bank.rows import gather
+from sparsemem.bank.store import RAM, RowStore
+from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
+
+POLICIES = ("tf-idf",)
 
 
 class Hit(NamedTuple):
@@ -25,11 +39,37 @@ class Hit(NamedTuple):
     ids: Int[Tensor, "*Q K"]
 
 
-class MemoryBank(nn.Module):
-    """SKELETON, to be completed (docs/architecture.md says what belongs here)."""
+class MemoryBank(RowStore):
+    """A table of N rows that are found by content, trained by row-sparse gradients, or written.
 
-    keys: nn.Parameter
-    values: nn.Parameter | None  # None: the keys are the values
+    A row has a key [W] and a value [V]; without `value_width` the key is the value. Rows are
+    *live* once they are written (or from the start, with `initial`), until they are removed;
+    only live rows are found. Reading marks rows as used: when all are live, the least recently
+    used give way to new ones. Any number of threads may read while others write.
+
+    `keys` and `values` are parameters whose gradients are sparse tensors with an entry for each
+    row read. Optimisers: `sparsemem.optim`, or torch's SGD, SparseAdam and Adagrad.
+
+    Args:
+        num_rows: N. Rows take memory only once they are written.
+        width: W.
+        value_width: V. None: the keys are the values.
+        index: how rows are found: "exact", a FAISS factory string such as "IVF4096,Flat", or
+            "product-key".
+        metric: "cosine", "ip" (inner product) or "l2" (squared distance).
+        min_recall: floor of the recall that a FAISS index holds while rows change; None: it is
+            not tuned. The other kinds are exact.
+        dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
+            gradients are computed in float32 (float64 for float64).
+        device: where all of it is.
+        path: folder in which the bank is durable: see `save`.
+        storage: "ram", or a new file that holds the tables, mapped into memory. The file is
+            sparse: see to it that the disk has room for what will be written, as the system
+            kills a process that writes beyond it.
+        initial: "empty", or "normal": all rows live, of N(0, 1/W), values of N(0, 1/V).
+        seed: of those numbers.
+        index_options: of the index's class, such as background=False (see `FreshIndex`).
+    """
 
     def __init__(
         self,
@@ -37,78 +77,274 @@ class MemoryBank(nn.Module):
         width: int,
         value_width: int | None = None,
         *,
-        index: str = "exact",
+        index: str = EXACT,
         metric: str = "cosine",
+        min_recall: float | None = 0.95,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        path: str | Path | None = None,
+        storage: str | Path = RAM,
+        initial: str = "empty",
+        seed: int = 0,
         **index_options: Any,
     ) -> None:
-        super().__init__()
-        self.num_rows, self.width, self.value_width = num_rows, width, value_width
-        self.metric = Metric(metric)
-        self.keys = own(nn.Parameter(zeros(num_rows, width, dtype=dtype, device=device)), self)
-        self.values = None
-        if value_width is not None:
-            table = zeros(num_rows, value_width, dtype=dtype, device=device)
-            self.values = own(nn.Parameter(table), self)
-        self.book = RowBook(num_rows, device)
-        self.table = RowTable(self.keys.data, self.book.live)
-        self.index = make_index(index, self.table, self.metric, **index_options)
-
-    @property
-    def computing_dtype(self) -> torch.dtype:
-        """What scores, weights and gradients are computed in."""
-        return self.table.dtype
+        if min_recall is not None:
+            check_fraction("min_recall", min_recall)
+        if index not in (EXACT, PRODUCT_KEY):
+            index_options["min_recall"] = min_recall
+        super().__init__(
+            num_rows,
+            width,
+            value_width,
+            index=index,
+            metric=metric,
+            dtype=dtype,
+            device=device,
+            storage=storage,
+            initial=initial,
+            seed=seed,
+            index_options=index_options,
+        )
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
-        """The top_k best rows of each query; differentiable in queries, rows and values."""
-        flat = queries.reshape(-1, self.width).to(self.computing_dtype)
-        with self.table.lock.read():
-            ids = self.index.search(flat, top_k).ids
-            rows = gather(self.keys, ids, self)
-            values = rows if self.values is None else gather(self.values, ids, self)
-        scores = self.metric.scores(flat, rows).masked_fill(ids < 0, self.metric.missing)
+        """The top_k best live rows of each query.
+
+        Differentiable in the queries, and in keys and values by row-sparse gradients: rows that
+        are frozen, not selected, removed or written anew by the time of the backward pass get
+        none. Computed in float32 (float64 for float64 rows), under autocast too. Counts as one
+        call of the usage clock, and as an access of each row found, as often as it was found.
+        """
+        check_bank_queries(queries, self.width, self.keys.device)
+        check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
+        self.refresh()
+        self._expire_before(self.book.tick())
+        with torch.autocast(self.keys.device.type, enabled=False):
+            flat = queries.reshape(-1, self.width).to(self.computing_dtype)
+            with self.table.lock.read():
+                ids = self.index.search(flat, top_k).ids
+                rows = gather(self.keys, ids, self)
+                values = rows if self.values is None else gather(self.values, ids, self)
+                self._accessed(ids)
+            scores = self.metric.scores(flat, rows).masked_fill(ids < 0, self.metric.missing)
         shape = queries.shape[:-1]
         parts = (rows, values, scores, ids)
         return Hit(*(part.view(*shape, *part.shape[1:]) for part in parts))
 
+    forward = read
+
     def gather(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S W"]:
-        """Keys at ids (-1: zeros); differentiable."""
+        """Keys at ids (-1: zeros); differentiable. Not an access."""
         with self.table.lock.read():
             return gather(self.keys, ids, self)
 
     def append(
-        self, rows: Float[Tensor, "n W"], values: Float[Tensor, "n V"] | None = None
+        self,
+        rows: Float[Tensor, "n W"],
+        values: Float[Tensor, "n V"] | None = None,
+        *,
+        tags: int | Int[Tensor, " n"] | None = None,
+        ttl: int | None = None,
     ) -> Int[Tensor, " n"]:
-        """Store new rows; returns their ids. SKELETON: no eviction yet."""
-        start = self.table.extent
-        ids = torch.arange(start, start + len(rows), device=self.keys.device)
-        self.write(ids, rows, values)
+        """Store new rows; returns their ids.
+
+        They take rows never used, then removed ones, lowest ids first, then the live rows that
+        are least recently used, by (last access, id); frozen rows never give way. ValueError if
+        there are not enough.
+
+        Args:
+            rows: keys, or keys and values in one.
+            values: None: zeros.
+            tags: a number to remove them by, one for all or one a row; None or 0: none.
+            ttl: calls of the usage clock after this one in which they are still found; None or
+                0: forever.
+        """
+        rows = check_table("rows", rows, None, self.width, self.keys)
+        values = self._checked_values(values, len(rows))
+        new_tags = check_tags(NO_TAG if tags is None else tags, len(rows), self.keys.device)
+        ttl = check_size("ttl", 0 if ttl is None else ttl, 0)
+        with self._changing():
+            limit = self.num_rows - self.book.num_frozen
+            check_at_most("len(rows)", len(rows), "num_rows - frozen rows", limit)
+            now = self.book.tick()
+            ids = self._room.choose(len(rows))
+            if values is None and self.values is not None:
+                values = self.values.new_zeros(len(rows), self.values.shape[1])
+            expiry = torch.full_like(ids, now + ttl + 1 if ttl else FOREVER)
+            self._put(ids, rows, values, new_tags, expiry, anew=True)
         return ids
 
     def write(
         self,
         ids: Int[Tensor, " n"],
-        rows: Float[Tensor, "n W"],
+        rows: Float[Tensor, "n W"] | None = None,
         values: Float[Tensor, "n V"] | None = None,
+        *,
+        tags: int | Int[Tensor, " n"] | None = None,
+        ttl: int | None = None,
     ) -> None:
-        """Overwrite rows; they are live and found from now on."""
-        check_ids(ids, self.num_rows)
-        check_rows(rows, len(ids), self.width)
+        """Overwrite rows, frozen ones too; they are live and found from now on.
+
+        What is None stays as it is: a row that was not live then gets zeros as its value, no
+        tag and no time to live, and must be given `rows`. tags=0 and ttl=0 take those away.
+        """
+        check_bank_ids(ids, self.num_rows, self.keys.device)
+        if rows is None and values is None and tags is None and ttl is None:
+            raise ValueError("nothing to write, expected rows, values, tags or ttl")
+        if rows is not None:
+            rows = check_table("rows", rows, len(ids), self.width, self.keys)
+        values = self._checked_values(values, len(ids))
+        new_tags = None if tags is None else check_tags(tags, len(ids), self.keys.device)
+        if ttl is not None:
+            check_size("ttl", ttl, 0)
+        with self._changing():
+            if rows is None:
+                check_live(ids, self.book.live, "expected rows to write there")
+            now = self.book.tick()
+            if new_tags is None:
+                new_tags = self.book.tags.index_select(0, ids)
+            expiry = self.book.expiry.index_select(0, ids)
+            if ttl is not None:
+                expiry = torch.full_like(ids, now + ttl + 1 if ttl else FOREVER)
+            self._put(ids, rows, self._values_or_zeros(ids, values), new_tags, expiry)
+
+    def remove(
+        self, ids: Int[Tensor, " n"] | None = None, *, tag: int | None = None
+    ) -> Int[Tensor, " n"]:
+        """Take rows out, by id or all those of a tag, frozen ones too; returns which were live.
+
+        By tag it costs O(N).
+        """
+        if (ids is None) == (tag is None):
+            raise ValueError(f"ids is {ids} and tag is {tag}, expected one of them")
+        if ids is not None:
+            check_bank_ids(ids, self.num_rows, self.keys.device)
+        if tag is not None:
+            check_size("tag", tag, 1)
+        with self._changing():
+            if ids is None:
+                ids = self.book.tags.eq(tag or NO_TAG).nonzero().squeeze(1)
+            ids = ids[self.book.live.index_select(0, ids)]
+            if len(ids):
+                self._drop(ids)
+        return ids
+
+    def expire(self) -> None:
+        """Take out rows whose time to live is over. Reads and writes do so by themselves."""
+        self._expire_before(self.book.now + 1)
+
+    def freeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
+        """From now on rows take no gradient and do not give way to new ones. None: all live rows.
+
+        They can still be written and removed.
+        """
+        self._set_frozen(ids, True)
+
+    def unfreeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
+        """Undo `freeze`. None: of all rows."""
+        self._set_frozen(ids, False)
+
+    def background(self) -> AbstractContextManager[None]:
+        """What is read in the `with` block is one batch of the background for `select`."""
+        return self._selection.background()
+
+    def select(
+        self, policy: str | None = "tf-idf", top: int | None = None
+    ) -> Int[Tensor, " n"] | None:
+        """Train only the rows that new data uses far more than the background did.
+
+        Sparse memory finetuning (Lin et al. 2025, arXiv 2510.15103). A row's score is
+        tf * log((B + 1) / (df + 1)): tf is its share of the accesses by reads outside the
+        background since the last call of `select`, B the number of background batches (blocks
+        of `background()`), df in how many of those it was accessed. The `top` rows with the
+        greatest scores, ties by id, are trainable from now on, also by backward passes of what
+        was read before. The usual order is: read, select, backward, step.
+
+        Returns the ids of the rows selected, ascending: fewer than `top` if fewer trainable rows
+        were read. `select(None)` makes all rows trainable again and returns None.
+        """
+        if policy is not None and policy not in POLICIES:
+            raise ValueError(f"policy is {policy!r}, {nearest(str(policy), POLICIES)}")
+        if policy is not None:
+            if top is None:
+                raise ValueError("top is None, expected the number of rows to select")
+            check_size("top", top)
         with torch.no_grad(), self.table.lock.write():
-            self.index.update(ids, rows)
-            if self.values is not None and values is not None:
-                self.values.data.index_copy_(0, ids, values.to(self.values.dtype))
+            if policy is None or top is None:
+                self._selection.lift()
+                return None
+            return self._selection.select(top)
 
-    def remove(self, ids: Int[Tensor, " n"]) -> None:
-        """Take rows out."""
-        self.index.remove(ids)
+    def stats(self) -> dict[str, Any]:
+        """Figures to watch: those of the bank, and those of the index under their own names.
 
-    def is_trainable(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Which rows take gradients: live, not frozen, and selected if a selection is on."""
-        safe = ids.clamp(min=0)
-        return (ids >= 0) & self.book.live[safe] & ~self.book.frozen[safe]
+        num_rows, num_live, num_frozen, clock (calls so far), table_bytes (tables and book, if
+        all of their pages were touched).
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        return {
+            "num_rows": self.num_rows,
+            "num_live": self.table.num_live,
+            "num_frozen": self.book.num_frozen,
+            "clock": self.book.now,
+            "table_bytes": sum(tensor.nbytes for tensor in tensors),
+            **self.index.stats(),
+        }
 
-    def changed(self, ids: Int[Tensor, " n"]) -> None:
-        """Be told of distinct rows whose keys were changed in place, under `table.lock.write()`."""
-        self.index.changed(ids)
+    def close(self) -> None:
+        """Stop what runs in the background. Rows can still be read and written."""
+        self.index.close()
+
+    def extra_repr(self) -> str:
+        """What a module prints of itself."""
+        widths = (
+            str(self.width) if self.value_width is None else f"{self.width}, {self.value_width}"
+        )
+        return f"{self.num_rows}, {widths}, index={self.index_name!r}, metric={str(self.metric)!r}"
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Alone, without gradients, and with rows out that go at the next call."""
+        with torch.no_grad(), self.table.lock.write():
+            self._expire_before(self.book.now + 1)
+            yield
+
+    def _expire_before(self, time: int) -> None:
+        if self._expiries.next > time:
+            return
+        with torch.no_grad(), self.table.lock.write():
+            while self._expiries.next <= time:
+                ids = self._expiries.rows()
+                if len(ids):
+                    self._drop(ids)
+                self._expiries.advance()
+
+    def _accessed(self, ids: Tensor) -> None:
+        found = ids[ids >= 0]
+        self.book.accessed(found)
+        self._selection.accessed(found)
+
+    def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
+        if ids is not None:
+            check_bank_ids(ids, self.num_rows, self.keys.device)
+        with torch.no_grad(), self.table.lock.write():
+            if ids is None:
+                ids = (self.book.live if frozen else self.book.frozen).nonzero().squeeze(1)
+            elif frozen:
+                check_live(ids, self.book.live, "only live rows can be frozen")
+            ids = ids[self.book.frozen.index_select(0, ids) != frozen]
+            if len(ids):
+                self._flag(ids, torch.full_like(ids, frozen, dtype=torch.bool))
+
+    def _checked_values(self, values: Tensor | None, count: int) -> Tensor | None:
+        if values is None:
+            return None
+        if self.values is None:
+            raise ValueError("values is given, expected None: this bank's keys are its values")
+        return check_table("values", values, count, self.values.shape[1], self.values)
+
+    def _values_or_zeros(self, ids: Tensor, values: Tensor | None) -> Tensor | None:
+        """`values`, or, if some of the rows are new, what is there and zeros for the new ones."""
+        live = self.book.live.index_select(0, ids)
+        if values is not None or self.values is None or live.all():
+            return values
+        return self.values.detach().index_select(0, ids).masked_fill_(~live.unsqueeze(1), 0)

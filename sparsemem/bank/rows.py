@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +18,46 @@ if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FILLED_AT_ONCE = 2**20  # random numbers drawn at once
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """Zeros that take no memory before they are touched (on the CPU)."""
     if device is None or torch.device(device).type == "cpu":
-        size = torch.empty(0, dtype=dtype).element_size()
         # numpy asks the system for zero pages; torch.zeros would write every one of them.
-        data = np.zeros(int(np.prod(shape)) * size, np.uint8)
+        data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
         return torch.from_numpy(data).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def mapped_zeros(path: Path, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    """Tables of zeros, one after another in a new file mapped into memory.
+
+    The file is sparse: it takes up disk as rows are written. OSError where it cannot be made;
+    FileExistsError where there is one already, which is never overwritten.
+    """
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    with open(path, "xb") as file:
+        try:
+            os.truncate(file.fileno(), sum(sizes))
+        except OSError:
+            path.unlink()
+            raise
+    data = torch.from_numpy(np.memmap(path, np.uint8, "r+"))
+    parts = torch.split(data, sizes)
+    return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def fill_normal(table: Float[Tensor, "N W"], generator: torch.Generator) -> None:
+    """Rows of expected length 1: N(0, 1/W), the same numbers whatever the dtype and device."""
+    count, width = table.shape
+    step = max(1, FILLED_AT_ONCE // width)
+    for start in range(0, count, step):
+        part = table[start : start + step]
+        part.copy_(
+            torch.randn(part.shape, generator=generator, dtype=torch.float32).mul_(width**-0.5)
+        )
 
 
 class GatherRows(torch.autograd.Function):
@@ -34,7 +67,7 @@ class GatherRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, ids: Tensor, bank: MemoryBank) -> Tensor:
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
-        ctx.bank, ctx.shape = bank, table.shape
+        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
         rows = table.index_select(0, ids.flatten().clamp(min=0)).to(bank.computing_dtype)
         return rows.view(*ids.shape, -1).masked_fill_((ids < 0).unsqueeze(-1), 0)
 
@@ -44,18 +77,24 @@ class GatherRows(torch.autograd.Function):
         """A sparse COO tensor with one entry for each trainable row that was read."""
         (ids,) = ctx.saved_tensors
         flat = ids.flatten()
-        kept = ctx.bank.is_trainable(flat)
-        values = gradient.reshape(len(flat), -1)[kept]
+        kept = ctx.bank.is_trainable(flat, ctx.time)
+        flat, values = flat[kept], gradient.reshape(len(flat), -1)[kept]
         sparse = torch.sparse_coo_tensor(
-            flat[kept].unsqueeze(0), values, ctx.shape, check_invariants=False
+            flat.unsqueeze(0), values, ctx.shape, check_invariants=False
         )
-        return sparse, None, None
+        if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
+            sparse = sparse.coalesce()
+        return sparse.to(ctx.dtype), None, None
 
 
 def gather(
     table: Float[Tensor, "N W"], ids: Int[Tensor, "*S"], bank: MemoryBank
 ) -> Float[Tensor, "*S W"]:
-    """Rows at ids, zero where the id is -1; differentiable with a row-sparse gradient."""
+    """Rows at ids, zero where the id is -1; differentiable with a row-sparse gradient.
+
+    To be called under `bank.table.lock.read()`. A row that is written anew before the backward
+    pass is another row: it gets no gradient from this one's.
+    """
     return GatherRows.apply(table, ids, bank)  # type: ignore[no-untyped-call, no-any-return]
 
 

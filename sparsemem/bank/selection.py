@@ -1,0 +1,119 @@
+"""Which rows a batch of new data uses far more than the background did.
+
+Sparse memory finetuning (Lin et al. 2025, arXiv 2510.15103): only the rows that score best by
+TF-IDF are trained on new data, so that what the others hold is not forgotten.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparsemem.bank.book import RowBook
+
+PENDING = 2**16  # ids kept as they come, before they are counted
+
+
+def tf_idf(
+    counts: Int[Tensor, " n"], total: int, batches: int, frequencies: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """c_i / sum_j c_j * log((B + 1) / (df_i + 1)): Lin et al. 2025, section 3.
+
+    counts: c, accesses of each row by the batch; total: their sum over all rows; batches: B, of
+    the background; frequencies: df, in how many of them the row was accessed.
+    """
+    rarity = (batches + 1) / (frequencies.double() + 1)
+    return counts.double() / total * rarity.log()
+
+
+class Tally:
+    """How often each id was seen, in memory that follows the number of distinct ids."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: list[Tensor] = []
+        self._size = 0
+        self._counted: tuple[Tensor, Tensor] | None = None
+
+    def add(self, ids: Int[Tensor, " n"]) -> None:
+        """Count ids, repeats as often."""
+        with self._lock:
+            self._pending.append(ids)
+            self._size += len(ids)
+            if self._size > max(PENDING, 0 if self._counted is None else len(self._counted[0])):
+                self._count()
+
+    def counts(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None:
+        """Distinct ids in ascending order, and how often each was seen. None: no id was."""
+        with self._lock:
+            if self._size:
+                self._count()
+            return self._counted
+
+    def _count(self) -> None:
+        ids = torch.cat(self._pending)
+        counts = torch.ones_like(ids)
+        if self._counted is not None:
+            ids, counts = torch.cat([self._counted[0], ids]), torch.cat([self._counted[1], counts])
+        distinct, place = torch.unique(ids, return_inverse=True)
+        self._counted = distinct, torch.zeros_like(distinct).index_add_(0, place, counts)
+        self._pending, self._size = [], 0
+
+
+class Selection:
+    """Counts accesses of the batch and of the background, and marks the rows to be trained."""
+
+    def __init__(self, book: RowBook) -> None:
+        self._book = book
+        self._batch = Tally()  # reads since the last selection
+        self._background: Tally | None = None  # reads of the background batch that is open
+
+    def accessed(self, ids: Int[Tensor, " n"]) -> None:
+        """Count a read's accesses."""
+        (self._background or self._batch).add(ids)
+
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """Reads inside are one batch of the background; none if the block raises."""
+        if self._background is not None:
+            raise RuntimeError("a background batch is open already: they cannot be nested")
+        tally = self._background = Tally()
+        try:
+            yield
+        finally:
+            self._background = None
+        counted = tally.counts()
+        if counted is not None:
+            ones = torch.ones_like(counted[0], dtype=self._book.background.dtype)
+            self._book.background.index_add_(0, counted[0], ones)
+        self._book.batches += 1
+
+    def select(self, top: int) -> Int[Tensor, " n"]:
+        """Mark the `top` rows of the batch with the greatest scores, ties by id; they, ascending.
+
+        Only rows that could be trained count: live and not frozen. Ends the batch.
+        """
+        book, counted = self._book, self._batch.counts()
+        self.lift()
+        ids, counts = counted or (book.last_access.new_empty(0),) * 2
+        total = int(counts.sum())
+        able = book.live.index_select(0, ids) & ~book.frozen.index_select(0, ids)
+        ids, counts = ids[able], counts[able]
+        scores = tf_idf(counts, total, int(book.batches), book.background.index_select(0, ids))
+        best = ids[scores.sort(descending=True, stable=True).indices[:top]].sort().values
+        book.selected.index_fill_(0, best, True)
+        book.selection = best
+        return best
+
+    def lift(self) -> None:
+        """All rows are trainable again. Ends the batch."""
+        book = self._book
+        if book.selection is not None:
+            book.selected.index_fill_(0, book.selection, False)
+        book.selection = None
+        self._batch = Tally()

@@ -1,0 +1,287 @@
+"""What a bank is made of, and the three operations that change it: put, drop, flag."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sparsemem.bank.arguments import check_dtype
+from sparsemem.bank.book import FOREVER, RowBook
+from sparsemem.bank.expiry import ExpirySchedule
+from sparsemem.bank.journal import Journal, Kind
+from sparsemem.bank.rows import fill_normal, mapped_zeros, own, zeros
+from sparsemem.bank.selection import Selection
+from sparsemem.bank.usage import Room
+from sparsemem.checks import check_size, nearest
+from sparsemem.indexes.base import Index
+from sparsemem.indexes.factory import make_index
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
+
+RAM = "ram"
+INITIAL = ("empty", "normal")
+# Made anew for a copy: locks, what is derived from rows and book, and who listens.
+DERIVED = ("table", "index", "journal", "_room", "_expiries", "_selection", "_listeners")
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Who keeps something for each row beside the tables: an optimiser its state."""
+
+    def forget(self, parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
+        """Be told of rows of a table whose contents went."""
+
+
+class RowStore(nn.Module):
+    """Tables of rows as parameters, the book on them, and an index derived from them.
+
+    All that happens to rows is one of three physical operations, `_put`, `_drop` and `_flag`:
+    written to the journal first, if there is one, then applied. They are called under
+    `table.lock.write()` and without gradients, with checked arguments.
+    """
+
+    keys: nn.Parameter
+    values: nn.Parameter | None  # None: the keys are the values
+    book: RowBook
+    table: RowTable
+    index: Index
+    journal: Journal | None
+    _listeners: weakref.WeakSet[Listener]
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        value_width: int | None,
+        *,
+        index: str,
+        metric: str,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        storage: str | Path,
+        initial: str,
+        seed: int,
+        index_options: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.num_rows = check_size("num_rows", num_rows)
+        self.width = check_size("width", width)
+        self.value_width = None if value_width is None else check_size("value_width", value_width)
+        if metric not in list(Metric):
+            raise ValueError(f"metric is {metric!r}, {nearest(str(metric), Metric)}")
+        if initial not in INITIAL:
+            raise ValueError(f"initial is {initial!r}, {nearest(str(initial), INITIAL)}")
+        self.metric = Metric(metric)
+        self.index_name, self.index_options = index, index_options
+        self._make_tables(check_dtype(dtype), device, storage)
+        self.book = RowBook(num_rows, device)
+        if initial == "normal":
+            self._fill(check_size("seed", seed, 0))
+        self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
+        self._warned = False
+        self._listeners = weakref.WeakSet()
+        self.journal = None
+        self._derive()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What makes an empty bank like this one, as JSON has it (dtype: "float32", ...)."""
+        return {
+            "num_rows": self.num_rows,
+            "width": self.width,
+            "value_width": self.value_width,
+            "index": self.index_name,
+            "metric": str(self.metric),
+            "dtype": str(self.keys.dtype).removeprefix("torch."),
+            **self.index_options,
+        }
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The parameters with a row an id."""
+        return [self.keys] if self.values is None else [self.keys, self.values]
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """What scores, weights and gradients are computed in: float64 for float64, else float32."""
+        return self.table.dtype
+
+    def add_listener(self, listener: Listener) -> None:
+        """Tell `listener` of rows that go, for as long as it lives (it is not kept alive)."""
+        self._listeners.add(listener)
+
+    def is_trainable(self, ids: Int[Tensor, " n"], since: int | None = None) -> Bool[Tensor, " n"]:
+        """Which rows take gradients: live, not frozen, and selected if there is a selection.
+
+        since: clock time at which they were read; rows written later are other rows.
+        """
+        return self.book.is_trainable(ids, self.book.now if since is None else since)
+
+    def changed(self, ids: Int[Tensor, " n"]) -> None:
+        """Be told of distinct rows whose keys were changed in place, under `table.lock.write()`.
+
+        Row optimisers call it, and a hook for torch's own; so does whoever changes keys by hand.
+        """
+        self.note_version()
+        self.index.changed(ids[self.book.live.index_select(0, ids)])
+        if self.journal is not None:
+            self.journal.touched(ids)
+
+    def note_version(self) -> None:
+        """What changed the keys so far has told of it."""
+        self._known_version = self.keys._version
+
+    def refresh(self) -> None:
+        """Have the index look at all keys if they were changed in place and nobody told.
+
+        Warns the first time: that costs O(N).
+        """
+        if self.keys.data_ptr() != self.table.rows.data_ptr():
+            self.rebind()
+        if self.keys._version == self._known_version:
+            return
+        with self.table.lock.read():  # not in the middle of an optimiser's step
+            version = self.keys._version
+        if version == self._known_version:
+            return
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "keys were changed in place and the bank was not told: all of them are looked at"
+                " anew, which takes long. Use bank.write(ids, rows), or call bank.changed(ids)"
+                " under bank.table.lock.write()",
+                stacklevel=3,
+            )
+        self.index.rebuild()
+        if self.journal is not None:
+            self.journal.touched(self.book.live.nonzero().squeeze(1))
+        self._known_version = max(self._known_version, version)
+
+    def rebind(self) -> None:
+        """Derive table, index and counts anew from the parameters and the book: O(N).
+
+        Done by itself after `to`, `load_state_dict` and copying.
+        """
+        self.index.close()
+        self._derive()
+        self._count()
+
+    def _count(self) -> None:
+        self.book.recount()
+        self._room.find_removed()
+        self._expiries.restart()
+
+    def _derive(self) -> None:
+        for parameter in self.tables:
+            own(parameter, self)  # type: ignore[arg-type]
+        self._room = Room(self.book)
+        self._expiries = ExpirySchedule(self.book)
+        self._selection = Selection(self.book)
+        self.table = RowTable(self.keys.data, self.book.live)
+        with self.table.lock.write():
+            self.index = make_index(self.index_name, self.table, self.metric, **self.index_options)
+        self.note_version()
+
+    def _put(
+        self,
+        ids: Int[Tensor, " n"],
+        rows: Float[Tensor, "n W"] | None,
+        values: Float[Tensor, "n V"] | None,
+        tags: Int[Tensor, " n"],
+        expiry: Int[Tensor, " n"],
+        anew: bool = False,
+    ) -> None:
+        """Rows are there (None: as they were), accessed now. `anew`: they are other rows."""
+        if self.journal is not None:
+            given = {"rows": rows, "values": values, "tags": tags, "expiry": expiry}
+            arrays = {name: array for name, array in given.items() if array is not None}
+            self.journal.record(Kind.PUT, ids, arrays)
+        if anew:
+            self.book.clear(ids)
+            self._forget(ids)
+        going = (expiry != FOREVER) & (expiry != self.book.expiry.index_select(0, ids))
+        self.book.enter(ids, tags, expiry)
+        if rows is not None:
+            self.table.put(ids, rows)
+        if self.values is not None and values is not None:
+            self.values.data.index_copy_(0, ids, values)
+        if rows is not None or values is not None:
+            self.book.written.index_fill_(0, ids, self.book.now)
+            self.book.accessed(ids)
+        self._expiries.add(ids[going], expiry[going])
+        self._expiries.tidy(self.table.num_live)
+        if rows is not None:
+            self.index.changed(ids)
+
+    def _drop(self, ids: Int[Tensor, " n"]) -> None:
+        """Live rows are gone."""
+        if self.journal is not None:
+            self.journal.record(Kind.DROP, ids, {})
+        self.table.set_live(ids, False)
+        self.book.clear(ids)
+        self._room.removed(ids)
+        self._forget(ids)
+        self.index.removed(ids)
+
+    def _flag(self, ids: Int[Tensor, " n"], frozen: Bool[Tensor, " n"]) -> None:
+        """Live rows are frozen, or not any more."""
+        if self.journal is not None:
+            self.journal.record(Kind.FLAG, ids, {"frozen": frozen})
+        self.book.flag(ids, frozen)
+        if not frozen.all():
+            self._room.released()
+
+    def _forget(self, ids: Tensor) -> None:
+        for listener in list(self._listeners):
+            for parameter in self.tables:
+                listener.forget(parameter, ids)
+
+    def _make_tables(
+        self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path
+    ) -> None:
+        shapes: list[tuple[int, ...]] = [(self.num_rows, self.width)]
+        if self.value_width is not None:
+            shapes.append((self.num_rows, self.value_width))
+        if storage == RAM:
+            tables = [zeros(*shape, dtype=dtype, device=device) for shape in shapes]
+        elif device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"storage is {str(storage)!r}, expected 'ram' for a bank on {device}")
+        else:
+            tables = mapped_zeros(Path(storage), shapes, dtype)
+        self.keys = nn.Parameter(tables[0])
+        self.values = nn.Parameter(tables[1]) if len(tables) > 1 else None
+
+    def _fill(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.tables:
+            fill_normal(parameter.data, generator)
+        self.book.live.fill_(True)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RowStore:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if (self.keys.data_ptr(), self.keys.dtype) != (
+            self.table.rows.data_ptr(),
+            self.table.rows.dtype,
+        ):
+            self.rebind()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._listeners, self.journal = weakref.WeakSet(), None
+        self._derive()
+        self._count()
+
+
+def _rebind_loaded(store: RowStore, _incompatible: Any) -> None:
+    store.rebind()
