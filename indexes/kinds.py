@@ -41,7 +41,9 @@ def faiss_module() -> Any:
 def new_faiss_index(name: str, width: int, metric: Metric) -> Any:
     """An empty, untrained FAISS index; ValueError for a string that FAISS does not know."""
     faiss = faiss_module()
-    measure = faiss.METRIC_L2 if metric is Metric.l2 else faiss.METRIC_INNER_PRODUCT
+    measure = faiss.METRIC_INNER_PRODUCT
+    if metric is Metric.l2 or (metric is Metric.cosine and name.startswith("LSH")):
+        measure = faiss.METRIC_L2  # LSH knows no other; unit vectors are ordered alike by both
     try:
         index = faiss.index_factory(width, name, measure)
     except RuntimeError as error:

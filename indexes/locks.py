@@ -65,5 +65,9 @@ class ReadWriteLock:
                     self._writer = None
                     self._condition.notify_all()
 
+    def is_writing(self) -> bool:
+        """Whether the calling thread holds the lock alone."""
+        return self._writer == threading.get_ident()
+
     def _is_closed(self) -> bool:
         return self._writer is not None or self._waiting > 0

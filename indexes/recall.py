@@ -25,15 +25,16 @@ class QuerySample:
         self._rows = torch.zeros(SAMPLE, width, dtype=dtype, device=like.device)
         self._lock = threading.Lock()  # readers search side by side
         self.seen = 0  # queries, all of them
-        self._kept = 0
+        self._batches = self._kept = 0
         self.k = 8
 
     def add(self, queries: Tensor, k: int) -> None:
         """Keep a few of a batch of queries."""
         with self._lock:
             # A wandering offset, so that no place in the batch is preferred.
-            step = max(1, len(queries) // OF_A_BATCH)
-            some = queries[self.seen % step :: step][:OF_A_BATCH]
+            step = max(1, -(-len(queries) // OF_A_BATCH))
+            some = queries[self._batches % step :: step]
+            self._batches += 1
             place = (self._kept + torch.arange(len(some))) % SAMPLE
             self._rows[place] = some
             self._kept += len(some)
@@ -55,7 +56,7 @@ def recall(found: Found, truth: Found, metric: Metric) -> float:
     worst = worst.amin(1, keepdim=True) if metric.sign > 0 else worst.amax(1, keepdim=True)
     good = (found.ids >= 0) & (metric.sign * found.scores >= metric.sign * worst)
     hits = torch.minimum(good.sum(1), there.sum(1))
-    return float(hits.sum() / there.sum())
+    return int(hits.sum()) / int(there.sum())
 
 
 def tune(

@@ -30,6 +30,7 @@ BUILDER_NICE = 10
 
 # The recall to tune for and the one at which to tune again, between the floor (0) and 1.
 TARGET, ALARM = 0.5, 0.2
+CAUTIOUS = 0.9  # while there are no live queries: rows are easier to serve
 
 # What calls for lists trained anew.
 UNEVEN = 2.0  # imbalance over that of new lists
@@ -51,6 +52,7 @@ class Upkeep:
         self._imbalance = 1.0  # as last measured
         self._changes = 0  # rows changed since the last check
         self._checked_queries = 0
+        self._settled_live = True  # False: tuned on rows, before there were queries
         self._rest_until = 0.0
         self._failed_at = -PATIENCE
         self._building = threading.Lock()
@@ -135,7 +137,8 @@ class Upkeep:
             return False
         rows = max(CHECK_ROWS, self.index.table.num_live // 100)
         queries = self.index.sample.seen - self._checked_queries
-        return self._changes >= rows or queries >= CHECK_QUERIES
+        enough = CHECK_QUERIES if self._settled_live else SAMPLE
+        return self._changes >= rows or queries >= enough
 
     def _check_if_due(self) -> None:
         """Measure the recall on live queries; look harder where it comes near the floor."""
@@ -148,21 +151,24 @@ class Upkeep:
             return
         truth = self._truth(queries)
         self.recall = self._measured(derived, derived.setting, queries, truth)
-        if self.index.min_recall is not None and self.recall < self._floor(ALARM):
-            self._tune(derived, queries, truth)
+        if self.index.min_recall is None:
+            return
+        if self.recall < self._floor(ALARM) or not self._settled_live:
+            self._tune(derived, queries, truth, TARGET)
+            self._settled_live = True
 
     def _floor(self, part: float) -> float:
         assert self.index.min_recall is not None
         return self.index.min_recall + part * (1 - self.index.min_recall)
 
-    def _tune(self, derived: Derived, queries: Tensor, truth: Found) -> None:
+    def _tune(self, derived: Derived, queries: Tensor, truth: Found, target: float) -> None:
         derived.setting, self.recall = tune(
             lambda setting: self._measured(derived, setting, queries, truth),
             derived.start,
             derived.knob.limit,
-            self._floor(TARGET),
+            self._floor(target),
         )
-        self.exact_only = self.recall < self._floor(0)
+        self.exact_only = self.recall < self._floor(0.0)
         if self.exact_only:
             warnings.warn(
                 f"index {self.index.name!r} reaches a recall of {self.recall:.3f} at most on live"
@@ -239,11 +245,13 @@ class Upkeep:
         index = self.index
         if index.min_recall is None:
             return
-        queries = index.sample.queries()
-        if not len(queries):
+        queries, target = index.sample.queries(), TARGET
+        self._settled_live = len(queries) > 0
+        if not self._settled_live:
+            target = CAUTIOUS
             live = index.table.live[: index.table.extent].nonzero().squeeze(1)
             queries = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
-        self._tune(derived, queries, self._truth(queries))
+        self._tune(derived, queries, self._truth(queries), target)
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Upkeep that fails leaves the index as it was, and true: it is tried again later."""
@@ -252,6 +260,7 @@ class Upkeep:
         except Abandoned:
             raise
         except Exception as error:
-            if self.error is None:
+            first, self.error = self.error is None, error
+            self._failed_at = time.monotonic()
+            if first:
                 warnings.warn(f"upkeep of index {self.index.name!r}: {error!r}", stacklevel=2)
-            self.error, self._failed_at = error, time.monotonic()

@@ -9,11 +9,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 NICE = 5  # the searches go before the upkeep, where the system lets a thread stand back
 
 
+@runtime_checkable
 class Maintained(Protocol):
     """What a worker looks after."""
 

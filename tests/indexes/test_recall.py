@@ -1,0 +1,66 @@
+import torch
+
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.derived import Setting, ladder
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.recall import OF_A_BATCH, SAMPLE, QuerySample, recall, tune
+
+
+def found(scores, ids) -> Found:
+    return Found(torch.tensor(scores), torch.tensor(ids))
+
+
+def test_recall_counts_what_is_as_good_as_the_truth():
+    truth = found([[0.9, 0.8, 0.8], [0.5, 0.4, 0.3]], [[1, 2, 3], [4, 5, 6]])
+    # In the first query row 7 ties with the last true one; in the second one is missing.
+    other = found([[0.9, 0.8, 0.8], [0.5, 0.3, 0.2]], [[1, 3, 7], [4, 6, 9]])
+    assert recall(truth, truth, Metric.cosine) == 1.0
+    assert recall(other, truth, Metric.cosine) == 5 / 6
+
+
+def test_recall_of_distances_and_of_missing_rows():
+    inf = torch.inf
+    truth = found([[1.0, 2.0, inf]], [[3, 5, -1]])
+    assert recall(found([[1.0, 2.0, inf]], [[3, 5, -1]]), truth, Metric.l2) == 1.0
+    assert recall(found([[2.0, 2.5, 3.0]], [[5, 8, 9]]), truth, Metric.l2) == 0.5
+    nothing = found([[inf, inf]], [[-1, -1]])
+    assert recall(nothing, nothing, Metric.l2) == 1.0
+
+
+def test_the_ladder_climbs_to_its_limit():
+    assert ladder(16) == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert ladder(1) == [1]
+    assert ladder(5) == [1, 2, 3, 4, 5]
+
+
+def test_tune_takes_the_cheapest_setting_that_will_do():
+    seen = []
+
+    def measure(setting):
+        seen.append(setting)
+        return min(1.0, setting.effort / 8)
+
+    assert tune(measure, Setting(4, 1), 64, 0.7) == (Setting(6, 1), 0.75)
+    assert seen[-1] == Setting(6, 1)
+
+
+def test_tune_asks_for_more_candidates_where_looking_harder_does_not_help():
+    def measure(setting):
+        return min(0.6, setting.effort / 10) + 0.1 * min(4, setting.oversample)
+
+    setting, reached = tune(measure, Setting(1, 1), 64, 0.9)
+    assert (setting.oversample, round(reached, 6)) == (4, 1.0)
+    setting, reached = tune(measure, Setting(1, 1), 64, 2.0)
+    assert round(reached, 6) == 1.0  # the best there is
+
+
+def test_the_sample_keeps_the_latest_queries_of_every_place():
+    sample = QuerySample(torch.zeros(1), 1, torch.float32)
+    assert len(sample.queries()) == 0
+    for number in range(200):
+        sample.add(torch.arange(10.0).unsqueeze(1) + 10 * number, k=5)
+    kept = sample.queries().flatten()
+    assert len(kept) == SAMPLE
+    assert int(kept.min()) >= 10 * (199 - SAMPLE // (OF_A_BATCH - 1))
+    assert set((kept % 10).int().tolist()) == set(range(10))
+    assert (sample.k, sample.seen) == (5, 2000)
