@@ -1,0 +1,80 @@
+"""Tells banks of the rows that any torch optimiser has stepped."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparsemem.bank.rows import bank_of
+
+# Those of torch's optimisers that take sparse gradients and leave all other rows alone.
+_BY_ROW = (SGD, SparseAdam, Adagrad)
+
+
+@functools.cache
+def watch_optimisers() -> None:
+    """From now on, look at every optimiser's steps in this process.
+
+    An optimiser that tells banks itself, under their locks, says so by `tells_banks = True`.
+    The others change rows without the lock: let no other thread search meanwhile.
+    """
+    register_optimizer_step_post_hook(_after_step)
+
+
+def is_table(parameter: Tensor) -> bool:
+    """Whether a parameter of a bank has a row for each of its ids (product keys have not)."""
+    bank = bank_of(parameter)
+    if bank is None or parameter.ndim != 2:
+        return False
+    return any(parameter is table for table in bank.tables)
+
+
+def tell(parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
+    """Tell a bank that live rows of one of its tables moved, under `table.lock.write()`."""
+    bank = bank_of(parameter)
+    if bank is None or not len(ids):
+        return
+    if parameter is bank.keys:
+        bank.changed(ids)
+    elif bank.journal is not None:
+        bank.journal.touched(ids)
+
+
+def moved_rows(optimiser: Optimizer, table: Tensor) -> Int[Tensor, " n"]:
+    """The distinct rows that an optimiser's last step may have moved.
+
+    Those of the gradient, and of SGD's momentum, which is sparse too and moves rows that have
+    no gradient any more. All rows, where that does not explain what the optimiser does.
+    """
+    gradient = table.grad
+    if gradient is None or not gradient.is_sparse or not isinstance(optimiser, _BY_ROW):
+        return torch.arange(len(table), device=table.device)
+    kept = optimiser.state.get(table, {}).values()
+    sparse = [gradient, *(value for value in kept if _is_sparse(value))]
+    return torch.cat([value._indices()[0] for value in sparse]).unique()
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_sparse
+
+
+def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Tell each bank among the optimiser's parameters which of its rows were moved."""
+    if getattr(optimiser, "tells_banks", False):
+        return
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            # The first look is the cheap one: most parameters are no bank's.
+            if "memory_bank" not in parameter.__dict__ or parameter.grad is None:
+                continue
+            bank = bank_of(parameter)
+            if bank is not None and is_table(parameter):
+                with bank.table.lock.write():
+                    moved = moved_rows(optimiser, parameter)
+                    tell(parameter, moved[bank.table.live.index_select(0, moved)])

@@ -1,0 +1,221 @@
+"""What the row optimisers share: which rows are stepped, under which lock, with which state."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.rows import bank_of, zeros
+from sparsemem.bank.watching import is_table, tell
+from sparsemem.checks import check_size
+from sparsemem.optim.gradients import (
+    Change,
+    check_gradients,
+    computing_dtype,
+    make_change,
+    without_rows,
+)
+from sparsemem.optim.packing import pack, unpack
+from sparsemem.optim.rounding import round_stochastically
+
+State = dict[str, Tensor]
+Options = dict[str, Any]
+
+
+class RowOptimizer(torch.optim.Optimizer, ABC):
+    """Steps the rows that have a gradient, and no others.
+
+    Takes any real parameters, so that one optimiser serves a whole model:
+
+    - With a row-sparse gradient (sparse COO over the first dimension), as the tables of a
+      `MemoryBank` and an `nn.Embedding(sparse=True)` have: only the rows in the gradient are
+      read or written, with state a row. No step costs more for a larger table.
+    - With a dense gradient: the ordinary dense update, which is the same equations for all of it.
+
+    A bank's rows change under its write lock and its index is told; rows that are no longer
+    trainable (removed or frozen since the backward pass) are left alone, and a removed row's
+    state goes with it.
+
+    State and arithmetic are float32, float64 for float64 parameters. Parameters of less
+    precision are rounded at the end: to nearest, or bfloat16 stochastically by `rounding_seed`,
+    which keeps updates that are smaller than their last digit.
+
+    A step in which any gradient has a NaN or an infinity raises ValueError and changes nothing.
+    """
+
+    tells_banks = True  # for sparsemem.bank.watching
+
+    def __init__(self, params: ParamsT, options: Options) -> None:
+        super().__init__(params, options)
+
+    @abstractmethod
+    def _check(self, options: Options) -> None:
+        """Refuse bad options of a parameter group, naming the first."""
+
+    @abstractmethod
+    def _zero_state(self, parameter: Tensor, by_row: bool, options: Options) -> State:
+        """State at the start, all zero, for row-sparse or for dense gradients."""
+
+    @abstractmethod
+    def _to_rows(self, parameter: Tensor, state: State) -> None:
+        """Turn state that began with dense gradients into state by row, if it is not yet."""
+
+    @abstractmethod
+    def _update(self, rows: Tensor, gradient: Tensor, state: State, options: Options) -> None:
+        """One step of rows [n, ...] (or a whole parameter) and of their state, in place."""
+
+    def add_param_group(self, param_group: Options) -> None:
+        """Add parameters with options of their own; as torch's, with the options checked."""
+        options = {**self.defaults, **param_group}
+        self._check(options)
+        if options["rounding_seed"] is not None:
+            check_size("rounding_seed", options["rounding_seed"], 0)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            bank = bank_of(parameter)
+            if bank is not None:
+                bank.add_listener(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step what has a gradient; returns the closure's loss, or None without one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        changes = [
+            make_change(name, parameter, group)
+            for name, parameter, group in self._named()
+            if parameter.grad is not None
+        ]
+        check_gradients(changes)
+        for group in self.param_groups:
+            if group["rounding_seed"] is not None:
+                group["steps"] = group.get("steps", 0) + 1
+        by_bank: dict[MemoryBank | None, list[Change]] = {}
+        for change in changes:
+            by_bank.setdefault(bank_of(change.parameter), []).append(change)
+        for bank, own in by_bank.items():
+            # Keys and values of a bank at once: who reads sees both as they were, or both new.
+            with nullcontext() if bank is None else bank.table.lock.write():
+                for change in own:
+                    self._apply(change, bank)
+        return loss
+
+    def forget(self, parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
+        """Called by a bank that removed rows: their state and gradients are not for the next."""
+        for value in self.state.get(parameter, {}).values():
+            value.index_fill_(0, ids, 0)
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = without_rows(gradient, ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; state of few rows of a table is packed: `rows` holds their ids."""
+        saved = super().state_dict()
+        saved["state"] = {key: pack(state) for key, state in saved["state"].items()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; state keeps its precision. ValueError if it is of other parameters."""
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self._check(group)
+        keys = chain.from_iterable(group["params"] for group in groups)
+        states = {}
+        for key, (name, parameter, options) in zip(keys, self._named(), strict=False):
+            if state_dict["state"].get(key):
+                saved = state_dict["state"][key]
+                states[parameter] = self._loaded(name, parameter, options, saved)
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self.state.update(states)
+
+    def _named(self) -> Iterator[tuple[str, Tensor, Options]]:
+        """Each parameter with its name and the options of its group."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for place, parameter in enumerate(group["params"]):
+                name = names[place] if names else f"parameter {place} of group {number}"
+                yield name, parameter, group
+
+    def _loaded(self, name: str, parameter: Tensor, options: Options, saved: State) -> State:
+        for by_row in (True, False):
+            state = self._zero_state(parameter, by_row, options)
+            if unpack(saved, state):
+                return state
+        found = {key: list(value.shape) for key, value in saved.items()}
+        raise ValueError(
+            f"the state of {name} is {found}, expected that of a {type(self).__name__}"
+            f" for {list(parameter.shape)}"
+        )
+
+    def _apply(self, change: Change, bank: MemoryBank | None) -> None:
+        ids, gradient = change.ids, change.gradient
+        if bank is not None and is_table(change.parameter):
+            if ids is None:
+                ids = torch.arange(len(gradient), device=gradient.device)
+            kept = bank.is_trainable(ids)
+            if not kept.all():
+                ids, gradient = ids[kept], gradient[kept]
+        if ids is None:
+            self._step_whole(change)
+        elif len(ids):
+            self._step_rows(change, ids, gradient)
+            tell(change.parameter, ids)
+
+    def _step_rows(self, change: Change, ids: Tensor, gradient: Tensor) -> None:
+        parameter = change.parameter
+        state = self._state_of(change, by_row=True)
+        rows = parameter.index_select(0, ids).to(gradient.dtype)
+        part = {key: value.index_select(0, ids) for key, value in state.items()}
+        self._update(rows, gradient, part, change.options)
+        parameter.index_copy_(0, ids, self._rounded(rows, change))
+        for key, value in part.items():
+            state[key].index_copy_(0, ids, value)
+
+    def _step_whole(self, change: Change) -> None:
+        parameter, gradient = change.parameter, change.gradient
+        state = self._state_of(change, by_row=False)
+        values = parameter.to(gradient.dtype)  # itself, if that is its dtype
+        self._update(values, gradient, state, change.options)
+        if values is not parameter:
+            parameter.copy_(self._rounded(values, change))
+
+    def _state_of(self, change: Change, by_row: bool) -> State:
+        state = cast(State, self.state[change.parameter])
+        if not state:
+            state.update(self._zero_state(change.parameter, by_row, change.options))
+        elif by_row:
+            self._to_rows(change.parameter, state)
+        return state
+
+    def _rounded(self, values: Tensor, change: Change) -> Tensor:
+        options, dtype = change.options, change.parameter.dtype
+        if options["rounding_seed"] is None or dtype != torch.bfloat16:
+            return values.to(dtype)
+        # A function of what the state_dict holds: a resumed run goes on as the one cut short.
+        key = repr((options["rounding_seed"], options["steps"], change.name)).encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+        generator = torch.Generator(values.device).manual_seed(seed)
+        return round_stochastically(values, generator)
+
+
+def across(per_row: Tensor, rows: Tensor) -> Tensor:
+    """One number a row (or one in all) as a tensor that multiplies rows."""
+    return per_row.view(per_row.shape + (1,) * (rows.ndim - per_row.ndim))
+
+
+def zeros_like_rows(parameter: Tensor, *, narrow: bool = False) -> Tensor:
+    """Lazy zeros of the parameter's shape, or one a row, in the dtype that state has."""
+    shape = parameter.shape[:1] if narrow else parameter.shape
+    return zeros(*shape, dtype=computing_dtype(parameter), device=parameter.device)

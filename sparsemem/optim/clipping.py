@@ -1,0 +1,58 @@
+"""Clipping by the norm of sparse and dense gradients together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from sparsemem.optim.options import check_above_zero, check_range
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Float[Tensor, ""]:
+    """Scale all gradients by one factor, so that their norm is at most `max_norm`.
+
+    Equal to `torch.nn.utils.clip_grad_norm_` of the same gradients made dense: it counts row-sparse
+    gradients as what they add up to where a row is in them more than once, and leaves them in that
+    form (coalesced), which saves the optimiser doing so. Call it between backward and step,
+    after `GradScaler.unscale_` if there is one.
+
+    Args:
+        parameters: one or more; those without a gradient do not count.
+        max_norm: at least 0.
+        norm_type: p of the p-norm, above 0; `inf`: the largest absolute value.
+        error_if_nonfinite: raise RuntimeError, and change nothing, if the norm is NaN or infinite.
+
+    Returns:
+        The norm before clipping, of all gradients taken as one vector.
+    """
+    check_range("max_norm", max_norm, 0, math.inf)
+    if norm_type != math.inf:
+        check_above_zero("norm_type", norm_type)
+    own = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    with_gradient = [parameter for parameter in own if parameter.grad is not None]
+    gradients = []
+    for parameter in with_gradient:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            parameter.grad = gradient = gradient.coalesce()
+            gradient = gradient._values()
+        gradients.append(gradient)
+    filled = [gradient for gradient in gradients if gradient.numel()]
+    total = get_total_norm(filled, norm_type, error_if_nonfinite)
+    # As torch's: always a product, so that nothing waits for a GPU.
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in filled:
+        gradient.mul_(factor.to(gradient.device))
+    return total

@@ -1,0 +1,82 @@
+"""Gradients as optimisers need them: each row once, and finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Change(NamedTuple):
+    """One parameter's gradient, ready to be applied."""
+
+    name: str
+    parameter: Tensor
+    options: dict[str, Any]  # of its parameter group
+    ids: Int[Tensor, " n"] | None  # the distinct rows that have a gradient; None: it is dense
+    gradient: Float[Tensor, "*shape"]  # [n, ...] or as the parameter, in its computing dtype
+
+
+def computing_dtype(parameter: Tensor) -> torch.dtype:
+    """What a parameter's state is kept in: float64 for float64 parameters, else float32."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change:
+    """A parameter's gradient, with the entries of a repeated row added up.
+
+    It is what autograd accumulates: dense, or sparse COO over the parameter's first dimension.
+    """
+    gradient, dtype = parameter.grad, computing_dtype(parameter)
+    assert gradient is not None
+    if gradient.layout == torch.strided:
+        return Change(name, parameter, options, None, gradient.to(dtype))
+    if gradient.layout != torch.sparse_coo or gradient.sparse_dim() != 1:
+        kind = str(gradient.layout).removeprefix("torch.")
+        if gradient.layout == torch.sparse_coo:
+            kind += f" with {gradient.sparse_dim()} sparse dimensions"
+        raise TypeError(f"the gradient of {name} is {kind}, expected dense or sparse_coo with 1")
+    # Added up in the computing dtype: a bfloat16 sum would lose its small terms.
+    whole = gradient.to(dtype).coalesce()
+    return Change(name, parameter, options, whole.indices()[0], whole.values())
+
+
+def without_rows(gradient: Tensor, ids: Int[Tensor, " n"]) -> Tensor:
+    """A row-sparse gradient without the entries of some rows."""
+    place = gradient._indices()
+    kept = ~torch.isin(place[0], ids)
+    if kept.all():
+        return gradient
+    return torch.sparse_coo_tensor(
+        place[:, kept],
+        gradient._values()[kept],
+        gradient.shape,
+        is_coalesced=gradient.is_coalesced(),
+        check_invariants=False,
+    )
+
+
+def check_gradients(changes: Sequence[Change]) -> None:
+    """Refuse NaN and infinite gradients, naming the first parameter and row that has one."""
+    if not changes:
+        return
+    device = changes[0].gradient.device
+    # One number a parameter, so that a GPU is waited for once. A sum is finite unless an element
+    # is not (or it overflowed: then look closer).
+    sums = [change.gradient.sum().to(device, torch.float64) for change in changes]
+    if torch.stack(sums).isfinite().all():
+        return
+    for change in changes:
+        bad = (~change.gradient.isfinite()).nonzero()
+        if len(bad):
+            place = bad[0].tolist()
+            value = change.gradient[tuple(place)].item()
+            if change.ids is not None:
+                place[0] = int(change.ids[place[0]])
+            raise ValueError(
+                f"the gradient of {change.name} at {place} is {value}, expected finite values;"
+                " nothing was stepped"
+            )
