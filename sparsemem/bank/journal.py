@@ -37,6 +37,7 @@ class Kind(IntEnum):
     PUT = 1  # rows are there: `rows` and `values` where given, `tags`, `expiry`
     DROP = 2  # rows are gone
     FLAG = 3  # rows are frozen or not: `frozen`
+    NEW = 4  # as PUT, and they are other rows than those that were there
 
 
 class Journal(Protocol):
@@ -60,7 +61,7 @@ class Journal(Protocol):
         """Make everything durable that is not, and shorten the log to nothing."""
 
     def close(self) -> None:
-        """Let go of the folder. The bank goes on without being durable."""
+        """Let go of the folder. Whoever changes rows after that gets a BankError."""
 
 
 class Record(NamedTuple):
