@@ -9,15 +9,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import interleaved, machine
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -60,30 +59,17 @@ def forward_backward(model: nn.Module, batch: int) -> None:
     (output[0] if isinstance(output, tuple) else output).square().mean().backward()
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def step_times() -> dict[str, Any]:
     """Microseconds a step, and ratios within each repetition."""
     models = {"without_memory": WithoutMemory(), "2^12": sam(2**12), "2^30": sam(2**30)}
     for model in models.values():
         forward_backward(model, BATCH)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(REPETITIONS):
-        for name, model in models.items():
-            times[name].append(seconds(lambda model=model: forward_backward(model, BATCH)))
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
+    work = {name: partial(forward_backward, model, BATCH) for name, model in models.items()}
+    times = interleaved(work, REPETITIONS)
     return {
-        "microseconds_a_step": {n: statistics.median(t) / STEPS * 1e6 for n, t in times.items()},
-        "2^30_to_2^12": ratio("2^30", "2^12"),
-        "2^30_to_without_memory": ratio("2^30", "without_memory"),
+        "microseconds_a_step": {name: times.median(name) / STEPS * 1e6 for name in models},
+        "2^30_to_2^12": times.ratio("2^30", "2^12"),
+        "2^30_to_without_memory": times.ratio("2^30", "without_memory"),
     }
 
 
@@ -129,23 +115,6 @@ def long_sequence() -> dict[str, Any]:
         "microseconds_a_step_by_1000_steps": [round(window * 1e6) for window in windows],
         "last_to_first": windows[-1] / windows[0],
         "slowest_100_steps_microseconds_a_step": round(max(times) * 1e6),
-    }
-
-
-def machine() -> dict[str, str]:
-    """Where the figures come from."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return result.stdout.strip()
-
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": f"{cpu[0].split(': ')[1]}, {len(cpu)} cores, 1 thread used" if cpu else "unknown",
     }
 
 
