@@ -22,6 +22,7 @@ from sparsemem.bank.arguments import (
     check_tags,
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
+from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
 from sparsemem.bank.rows import gather
 from sparsemem.bank.store import RAM, RowStore
 from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
@@ -62,7 +63,9 @@ class MemoryBank(RowStore):
         dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
             gradients are computed in float32 (float64 for float64).
         device: where all of it is.
-        path: folder in which the bank is durable: see `save`.
+        path: a new folder in which the bank is durable: a write that has returned is there after
+            the process is killed. See `save` and `load`.
+        sync: wait at each write until it is on the disk: it survives the machine, too.
         storage: "ram", or a new file that holds the tables, mapped into memory. The file is
             sparse: see to it that the disk has room for what will be written, as the system
             kills a process that writes beyond it.
@@ -83,6 +86,7 @@ class MemoryBank(RowStore):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         path: str | Path | None = None,
+        sync: bool = False,
         storage: str | Path = RAM,
         initial: str = "empty",
         seed: int = 0,
@@ -92,6 +96,8 @@ class MemoryBank(RowStore):
             check_fraction("min_recall", min_recall)
         if index not in (EXACT, PRODUCT_KEY):
             index_options["min_recall"] = min_recall
+        if path is not None:
+            check_new_place(path)
         super().__init__(
             num_rows,
             width,
@@ -105,6 +111,39 @@ class MemoryBank(RowStore):
             seed=seed,
             index_options=index_options,
         )
+        if path is not None:
+            self.journal = create_folder(self, path, sync)
+
+    def save(self, path: str | Path | None = None) -> None:
+        """Make all of a durable bank durable, or write a snapshot of any bank to a new folder.
+
+        Without a path, or with its own, a durable bank writes what changed since the last save,
+        and begins its log anew. Writes are durable without a save; the steps of optimisers, usage
+        by reads, and `load_state_dict` become so here. Other threads may read and write meanwhile.
+
+        With another path, the bank is written whole into a folder that appears whole or not at
+        all; writers wait meanwhile. docs/bank-format.md specifies both.
+
+        BankError where that fails (the disk is full, the folder is not new, rows hold NaN or
+        infinity): what was durable still is.
+        """
+        save_bank(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        storage: str | Path = RAM,
+        device: torch.device | str | None = None,
+    ) -> MemoryBank:
+        """The bank of a folder: a durable one goes on in it, a snapshot leaves it alone.
+
+        `storage` and `device` as in the constructor. Every byte is checked; BankError names the
+        file that is damaged, and where, or says that another process has the bank open. What a
+        crash left of a write that had not returned is cut off, with a warning.
+        """
+        return load_bank(cls, path, storage=storage, device=device)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query.
@@ -209,7 +248,7 @@ class MemoryBank(RowStore):
 
     def remove(
         self, ids: Int[Tensor, " n"] | None = None, *, tag: int | None = None
-    ) -> Int[Tensor, " n"]:
+    ) -> Int[Tensor, " removed"]:
         """Take rows out, by id or all those of a tag, frozen ones too; returns which were live.
 
         By tag it costs O(N).
@@ -291,8 +330,13 @@ class MemoryBank(RowStore):
         }
 
     def close(self) -> None:
-        """Stop what runs in the background. Rows can still be read and written."""
+        """Stop what runs in the background, and let go of a durable bank's folder.
+
+        Rows can still be read, and written unless the bank was durable.
+        """
         self.index.close()
+        if self.journal is not None:
+            self.journal.close()
 
     def extra_repr(self) -> str:
         """What a module prints of itself."""

@@ -33,6 +33,16 @@ from sparsemem.files import new_folder, replace_file
 _OURS = re.compile(r"(rows|usage|keys)-[0-9-]+\.safetensors|log-\d+|\.manifest\.json\.part")
 
 
+def check_new_place(path: str | Path) -> Path:
+    """The absolute path of a place where nothing is, or an empty folder; else BankError."""
+    path = _absolute(path)
+    if (path / MANIFEST).exists():
+        raise BankError(f"{path} holds a bank already: MemoryBank.load(path) opens it")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BankError(f"{path} is there already, expected a new or an empty folder")
+    return path
+
+
 def save_bank(bank: RowStore, path: str | Path | None) -> None:
     """Make all of a durable bank durable, or write a snapshot of any bank into a new folder.
 
@@ -53,7 +63,7 @@ def save_snapshot(bank: RowStore, path: str | Path) -> None:
     Writers wait meanwhile. BankError where `path` is there already (it may be an empty folder), or
     cannot be written, or rows hold NaN or infinity.
     """
-    path = _new_place(path)
+    path = check_new_place(path)
     with bank.table.lock.read(), _explained(path), new_folder(path) as folder:
         write_new(bank, folder, start_manifest(bank, durable=False, sync=False))
 
@@ -63,7 +73,7 @@ def create_folder(bank: RowStore, path: str | Path, sync: bool = False) -> BankF
 
     sync: wait at each operation until it is on the disk. BankError as for `save_snapshot`.
     """
-    path = _new_place(path)
+    path = check_new_place(path)
     with bank.table.lock.read(), _explained(path):
         with new_folder(path) as folder:
             start = start_manifest(bank, durable=True, sync=sync)
@@ -229,16 +239,6 @@ def _state(bank: RowStore) -> tuple[Any, ...]:
 
 def _absolute(path: str | Path) -> Path:
     return Path(path).expanduser().resolve()
-
-
-def _new_place(path: str | Path) -> Path:
-    """Refuse a place where something is, other than an empty folder."""
-    path = _absolute(path)
-    if (path / MANIFEST).exists():
-        raise BankError(f"{path} holds a bank already: MemoryBank.load(path) opens it")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise BankError(f"{path} is there already, expected a new or an empty folder")
-    return path
 
 
 @contextmanager

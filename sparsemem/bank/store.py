@@ -19,6 +19,7 @@ from sparsemem.bank.journal import Journal, Kind
 from sparsemem.bank.rows import fill_normal, mapped_zeros, own, zeros
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
+from sparsemem.bank.watching import watch_optimisers
 from sparsemem.checks import check_size, nearest
 from sparsemem.indexes.base import Index
 from sparsemem.indexes.factory import make_index
@@ -89,6 +90,7 @@ class RowStore(nn.Module):
         self._listeners = weakref.WeakSet()
         self.journal = None
         self._derive()
+        watch_optimisers()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class RowStore(nn.Module):
         if self.journal is not None:
             given = {"rows": rows, "values": values, "tags": tags, "expiry": expiry}
             arrays = {name: array for name, array in given.items() if array is not None}
-            self.journal.record(Kind.PUT, ids, arrays)
+            self.journal.record(Kind.NEW if anew else Kind.PUT, ids, arrays)
         if anew:
             self.book.clear(ids)
             self._forget(ids)
