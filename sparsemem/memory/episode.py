@@ -1,4 +1,4 @@
-"""Episode: the rows that one sequence has touched, over a constant base."""
+"""Episode: the rows that one sequence has touched, over a constant base or a bank."""
 
 from __future__ import annotations
 
@@ -8,108 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_size
-from sparsemem.indexes.metrics import inverse_norm
-from sparsemem.indexes.ranking import top_k
-from sparsemem.indexes.sealed import SealedRows
+from sparsemem.indexes.metrics import Metric
+from sparsemem.memory.candidates import max_slots
 from sparsemem.memory.entries import Entries
-from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows, flatten_ids
-from sparsemem.memory.usage import AccessOrder
-
-FIRST_CAPACITY = 64
-
-
-class EpisodeStore:
-    """What B episodes have touched of N slots of width W; advanced in place.
-
-    Row i of the growing table is slot i: with a constant base the touched slots are always a
-    prefix (docs/architecture.md). Rows behind the touched ones hold the base.
-    """
-
-    def __init__(self, rows: Tensor, num_slots: int, base: float, index_after: int | None) -> None:
-        batch_size, _, width = rows.shape
-        self.num_slots = num_slots
-        self.base = base
-        self.rows = rows  # [B, capacity, W]
-        self.norms = inverse_norm(rows)  # of each row
-        self.touched = torch.zeros(batch_size, dtype=torch.int64, device=rows.device)
-        self.extent = 0  # touched slots of the element that has most
-        self.order = AccessOrder(batch_size, num_slots, rows.device)
-        self.order.grow(rows.shape[1])
-        self.version = 0
-        self.index_after = index_after
-        self.sealed = None if index_after is None else SealedRows(batch_size, width, index_after)
-        self._spare: list[Tensor] = []  # gradient buffers, all zero
-
-    def reserve(self, slots: int) -> None:
-        """Make room for the first `slots` slots (twice as many as before, at least)."""
-        slots = min(slots, self.num_slots)
-        batch_size, old, width = self.rows.shape
-        if slots <= old:
-            return
-        capacity = min(max(slots, 2 * old), self.num_slots)
-        rows = self.rows.new_full((batch_size, capacity, width), self.base)
-        norms = inverse_norm(rows[:1, -1:]).repeat(batch_size, capacity)
-        rows[:, :old], norms[:, :old] = self.rows, self.norms
-        self.rows, self.norms = rows, norms
-        self.order.grow(capacity)
-
-    def touch(self, ids: Int[Tensor, "B H S"]) -> None:
-        """Count slots as touched."""
-        if ids.shape[2]:
-            self.touched = torch.maximum(self.touched, ids.amax((1, 2)) + 1)
-            self.extent = int(self.touched.max())
-
-    def write(self, ids: Tensor, weights: Tensor, words: Tensor, erase: Tensor) -> None:
-        """Erase rows `erase` [B, E], then add weights [B, H, S] times words [B, H, W] at ids."""
-        self.touch(torch.cat([ids.flatten(1), erase], 1).unsqueeze(1))
-        self.reserve(self.extent)
-        table, capacity = self.rows.view(-1, self.rows.shape[-1]), self.rows.shape[1]
-        flat = flatten_ids(ids, capacity)
-        erased = flatten_ids(erase, capacity)
-        table.index_fill_(0, erased, 0)
-        added = weights.unsqueeze(-1) * words.unsqueeze(2)
-        table.index_add_(0, flat, added.flatten(0, 2))
-        changed = torch.cat([flat, erased])
-        self.norms.view(-1).index_copy_(0, changed, inverse_norm(table.index_select(0, changed)))
-        if self.sealed is not None:
-            self.sealed.update(torch.cat([ids.flatten(1), erase], 1), self.rows, self.norms)
-
-    def search(self, queries: Tensor, k: int) -> Tensor:
-        """The k rows of largest cosine to queries [B, H, W], best first, ties by slot: [B, H, k].
-
-        The first k untouched slots stand for the whole untouched base: they are equal, and
-        have the lowest ids of all that are.
-        """
-        visible = min(self.extent + k, self.num_slots)
-        self.reserve(visible)
-        scaled = queries * inverse_norm(queries).unsqueeze(-1)
-        if self.sealed is not None and self.sealed.absorb(self.touched, self.rows, self.norms):
-            rows, norms = self.rows[:, :visible], self.norms[:, :visible]
-            candidates, scores = self.sealed.candidates(scaled, k, rows, norms)
-            return candidates.gather(2, top_k(scores, k))
-        scores = torch.bmm(scaled, self.rows[:, :visible].mT)
-        return top_k(scores * self.norms[:, :visible].unsqueeze(1), k)
-
-    def take_buffer(self) -> Tensor:
-        """A zero gradient buffer for all rows, for one tape's backward pass."""
-        while self._spare:
-            buffer = self._spare.pop()
-            if buffer.shape == self.rows.shape:
-                return buffer
-        return torch.zeros_like(self.rows)
-
-    def give_buffer(self, buffer: Tensor) -> None:
-        """Take back a buffer that is all zero again."""
-        self._spare.append(buffer)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> EpisodeStore:
-        """An independent copy."""
-        rows = self.rows.to(device, dtype, copy=True)
-        copy = EpisodeStore(rows, self.num_slots, self.base, self.index_after)
-        copy.touched = self.touched.to(device, copy=True)
-        copy.extent, copy.order = self.extent, self.order.to(device)
-        return copy
+from sparsemem.memory.overlay import BankStore
+from sparsemem.memory.slots import NONE, PrefixSlots
+from sparsemem.memory.store import FIRST_CAPACITY, EpisodeStore, check_slots
+from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows
 
 
 class Episode:
@@ -119,8 +26,10 @@ class Episode:
     refused. `clone()` forks the memory (gradients flow back from both), `detach()` cuts the
     gradient.
 
-    Slots are to come from `least_recent` and `search`, which hand them out in the order of their
-    ids: memory is held for all slots up to the highest one used.
+    Reads and writes take *positions*: places in the table of touched rows, as `search`,
+    `least_recent` and `positions` give them out; `slots_of` tells their slots. Over a constant
+    base (`start`) a position is its slot, and memory is held for all slots up to the highest one
+    used. Over a bank (`over`) memory is held for the slots given out.
     """
 
     __slots__ = ("_operation", "_store", "_tape", "_token", "_version")
@@ -150,8 +59,33 @@ class Episode:
         check_size("slot_dim", slot_dim)
         shape = (batch_size, min(FIRST_CAPACITY, num_slots), slot_dim)
         rows = torch.full(shape, base, device=device, dtype=dtype)
-        store = EpisodeStore(rows, num_slots, base, index_after)
+        store = EpisodeStore(rows, PrefixSlots(num_slots), base, index_after)
         return Episode(store, Tape(store), rows.new_zeros(()), -1)
+
+    @staticmethod
+    def over(bank: MemoryBank, batch_size: int, *, index_after: int | None = None) -> Episode:
+        """B episodes over the rows of a bank, which they do not change: copy-on-write.
+
+        A slot is a row of the bank; free slots, which hold no live row, hold zeros. What is held
+        is a copy of each row touched, made when `search`, `least_recent` or `positions` first
+        gave it out; what has happened to the bank's row since is not seen. Gradients of what
+        was read reach the bank's rows, from rows first touched since the last `detach`. The
+        bank's index finds its rows; what it misses is not found.
+
+        Args:
+            bank: rows that are their own values, compared by cosine.
+            batch_size: B.
+            index_after: touched rows of each episode beyond which those are searched by a FAISS
+                index too (None: never).
+        """
+        check_bank("bank", bank)
+        store = BankStore.start(bank, check_size("batch_size", batch_size), index_after)
+        return Episode(store, Tape(store), store.rows.new_zeros(()), -1)
+
+    @property
+    def bank(self) -> MemoryBank | None:
+        """The bank that lies under the episodes."""
+        return self._store.bank if isinstance(self._store, BankStore) else None
 
     @property
     def batch_size(self) -> int:
@@ -178,16 +112,47 @@ class Episode:
         """Slots touched by the episode that has touched most; all others hold the base."""
         return self._store.extent
 
-    def rows(self) -> Float[Tensor, "B M W"]:
-        """A copy of slots 0 .. M-1, where M is the largest number of touched slots."""
+    @property
+    def slots(self) -> Int[Tensor, "B M"]:
+        """Slots of positions 0 .. M-1 (M = extent); -1 for those beyond an episode's own."""
+        positions = torch.arange(self.extent, device=self._store.rows.device)
+        positions = positions.expand(self.batch_size, -1)
+        untouched = positions >= self._store.touched.unsqueeze(1)
+        return self.slots_of(positions).masked_fill(untouched, NONE)
+
+    @property
+    def slot_table(self) -> Int[Tensor, "B M"] | None:
+        """Slots of all positions that there is memory for; None where a position is its slot."""
+        return self._store.slot_table
+
+    def slots_of(self, positions: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """Slots of positions that were given out."""
+        table = self.slot_table
+        if table is None:
+            return positions
+        return table.gather(1, positions.flatten(1)).view_as(positions)
+
+    def positions(self, slots: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
+        """Positions of slots, for reading and writing them; they are touched by that."""
         self._check_current()
+        self._check_batch("slots", slots)
+        check_slots("slots", slots, self.num_slots)
+        return self._store.positions(slots)
+
+    def rows(self) -> Float[Tensor, "B M W"]:
+        """A copy of the rows at positions 0 .. M-1, where M is the extent."""
+        self._check_current()
+        self._store.load()
         return self._store.rows[:, : self._store.extent].clone()
 
     def least_recent(self, count: int) -> Int[Tensor, "B count"]:
-        """The `count` least recently accessed slots; never-accessed ones first, ties by id."""
+        """Positions of the `count` least recently accessed slots, ties by slot.
+
+        Those never accessed come first, and before all the free slots of a bank.
+        """
         self._check_current()
         check_at_most("count", check_size("count", count), "num_slots", self.num_slots)
-        return self._store.order.least_recent(count)
+        return self._store.least_recent(count)
 
     def write(
         self,
@@ -202,13 +167,13 @@ class Episode:
         self._check_ids("erase", erase)
         self._check_like("weights", weights, tuple(ids.shape))
         self._check_like("words", words, (*ids.shape[:2], self._store.rows.shape[2]))
-        store = self._store
-        store.version += 1
-        arguments = (self._token, weights, words, ids, erase, self._tape)
+        token = self._opened()
+        self._store.version += 1
+        arguments = (token, weights, words, ids, erase, self._tape)
         return self._next(WriteRows.apply(*arguments))  # type: ignore[no-untyped-call]
 
     def search(self, queries: Float[Tensor, "B H W"], k: int) -> Int[Tensor, "B H K"]:
-        """Slots of the k rows of largest cosine similarity, best first, ties by slot."""
+        """Positions of the k rows of largest cosine similarity, best first, ties by slot."""
         self._check_current()
         check_at_most("k", check_size("k", k), "num_slots", self.num_slots)
         with torch.no_grad():
@@ -218,15 +183,22 @@ class Episode:
         """Rows at ids, differentiable, and the handle to go on with."""
         self._check_current()
         self._check_ids("ids", ids)
+        self._store.load()
         self._store.touch(ids)
         self._store.reserve(self._store.extent)
-        rows, token = ReadRows.apply(self._token, ids, self._tape)  # type: ignore[no-untyped-call]
+        rows, token = ReadRows.apply(self._opened(), ids, self._tape)  # type: ignore[no-untyped-call]
         return rows, self._next(token)
 
     def mark_accessed(self, accesses: Entries) -> None:
-        """End a step: slots whose weights [B, H, S] exceed delta for a head are accessed now."""
+        """End a step: positions whose weights [B, H, S] exceed delta for a head are accessed."""
         self._check_current()
         self._store.order.mark(accesses.detach())
+
+    def _opened(self) -> Tensor:
+        """The token for the next operation."""
+        if self._operation >= 0:
+            return self._token
+        return self._store.open(self._token, self._tape)
 
     def _next(self, token: Tensor) -> Episode:
         if token.requires_grad:
@@ -248,12 +220,14 @@ class Episode:
         """
         self._check_current()
         store = self._store.to(self._store.rows.device, self._store.rows.dtype)
-        tape = Tape(store)
         if not self._token.requires_grad:
-            return Episode(store, tape, self._token, -1)
+            return Episode(store, Tape(store, self._tape.start), self._token, -1)
+        tape = Tape(store)
+        if not torch.is_grad_enabled():
+            return Episode(store, tape, self._token.detach(), -1)
         arguments = (self._token, tape, self._tape, self._operation)
-        token = Fork.apply(*arguments)  # type: ignore[no-untyped-call]
-        return Episode(store, tape, token, 0)
+        token = store.open(Fork.apply(*arguments), tape)  # type: ignore[no-untyped-call]
+        return Episode(store, tape, token, tape.length - 1)
 
     def to(self, *args: Any, **kwargs: Any) -> Episode:
         """A detached copy on another device or of another dtype (as in `Tensor.to`)."""
@@ -282,10 +256,25 @@ class Episode:
             )
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
+        self._check_batch(name, ids)
+        self._store.check_ids(name, ids)
+
+    def _check_batch(self, name: str, ids: Tensor) -> None:
         if ids.shape[0] != self.batch_size:
             raise ValueError(
                 f"{name} has batch size {ids.shape[0]}, the memory has {self.batch_size} episodes"
             )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_slots:
-            wrong = ids[(ids < 0) | (ids >= self.num_slots)][0]
-            raise ValueError(f"{name} holds slot {int(wrong)}, expected 0 .. {self.num_slots - 1}")
+
+
+def check_bank(name: str, bank: MemoryBank) -> None:
+    """Refuse a bank whose rows an episode cannot read and write."""
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"{name} is a {type(bank).__name__}, expected a MemoryBank")
+    if bank.values is not None:
+        raise ValueError(
+            f"{name} has value_width {bank.value_width}, expected None: the keys are the values"
+        )
+    if bank.metric != Metric.cosine:
+        raise ValueError(f"{name} has metric {str(bank.metric)!r}, expected 'cosine'")
+    limit = max_slots(bank.computing_dtype)
+    check_at_most(f"{name}.num_rows", bank.num_rows, "the slots that can be ranked", limit)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.ranking import top_k
+from sparsemem.memory.candidates import best_positions
 from sparsemem.memory.entries import Entries, joined, totals
 
 
@@ -24,7 +25,11 @@ class LinkedRows(NamedTuple):
 
 
 class TemporalLinks:
-    """N, P and p of B episodes of H heads over the first `capacity` slots; advanced in place."""
+    """N, P and p of B episodes of H heads over the first `capacity` positions; in place.
+
+    Ids are positions of an episode's table. Equal weights are ordered by slot: where a position
+    is not its slot, `slots` [B, M] tells the slot of each (-1: of none).
+    """
 
     def __init__(self, follows: Entries, precedes: Entries, precedence: Entries) -> None:
         self.follows = follows  # N: [B, H, capacity, L]
@@ -43,12 +48,12 @@ class TemporalLinks:
         return TemporalLinks(empty(*table), empty(*table), empty(batch_size, num_heads, num_links))
 
     def reserve(self, capacity: int) -> None:
-        """Make room for slots 0 .. capacity - 1."""
+        """Make room for positions 0 .. capacity - 1."""
         if capacity > self.follows.ids.shape[2]:
             self.follows = grown(self.follows, capacity)
             self.precedes = grown(self.precedes, capacity)
 
-    def update(self, write: Entries, extent: int) -> None:
+    def update(self, write: Entries, extent: int, slots: Int[Tensor, "B M"] | None = None) -> None:
         """Link what a step wrote ([B, H, U]) behind what was written before it.
 
         N(i,j) = (1 - w(i)) N(i,j) + w(i) p(j);  P(i,j) = (1 - w(j)) P(i,j) + w(j) p(i);
@@ -56,7 +61,7 @@ class TemporalLinks:
         """
         at = totals(write).unsqueeze(-1)
         rows = take(self.follows, write.ids)
-        put(self.follows, write.ids, mixed(rows, 1 - at, self.precedence, at))
+        put(self.follows, write.ids, mixed(rows, 1 - at, self.precedence, at, slots))
 
         written = scattered(write, extent).flatten(0, 1)
         ids = self.precedes.ids[:, :, :extent]
@@ -64,13 +69,20 @@ class TemporalLinks:
         self.precedes.weights[:, :, :extent] *= decay
         at = totals(self.precedence).unsqueeze(-1)
         rows = take(self.precedes, self.precedence.ids)
-        put(self.precedes, self.precedence.ids, mixed(rows, torch.ones_like(at), write, at))
+        put(self.precedes, self.precedence.ids, mixed(rows, torch.ones_like(at), write, at, slots))
 
         left = 1 - write.weights.sum(-1, keepdim=True)
         before = Entries(self.precedence.ids, left * self.precedence.weights)
-        self.precedence = largest(joined(before, write), before.ids.shape[-1])
+        self.precedence = largest(joined(before, write), before.ids.shape[-1], slots)
 
-    def follow(self, table: Entries, read: Entries, k: int, extent: int) -> LinkedRows:
+    def follow(
+        self,
+        table: Entries,
+        read: Entries,
+        k: int,
+        extent: int,
+        slots: Int[Tensor, "B M"] | None = None,
+    ) -> LinkedRows:
         """The k largest entries of `table` times the read weights; as weights_of @ read.weights.
 
         table = self.follows gives f = N wR, table = self.precedes b = P wR.
@@ -79,7 +91,11 @@ class TemporalLinks:
         ids, values = table.ids[:, :, :extent], table.weights[:, :, :extent]
         at_ids = read_weights.gather(1, ids.flatten(0, 1).flatten(1)).view_as(values)
         weights = (values * at_ids).sum(-1)
-        chosen = top_k(nonzero_first(weights), k)
+        if slots is None:
+            chosen = top_k(nonzero_first(weights), k)
+        else:
+            of = slots[:, :extent].unsqueeze(1).expand_as(weights)
+            chosen = best_positions(nonzero_first(weights), of, k)
         rows = take(table, chosen)
         same = rows.ids.unsqueeze(-1) == read.ids[:, :, None, None]
         weights_of = (same * rows.weights.unsqueeze(-1)).sum(-2)
@@ -124,16 +140,22 @@ def scattered(entries: Entries, extent: int) -> Float[Tensor, "B H M"]:
     return dense.scatter_add_(2, entries.ids, entries.weights)
 
 
-def mixed(rows: Entries, scale: Tensor, vector: Entries, factor: Tensor) -> Entries:
+def mixed(
+    rows: Entries, scale: Tensor, vector: Entries, factor: Tensor, slots: Tensor | None
+) -> Entries:
     """scale * rows [B, H, R, L] + factor * vector [B, H, E], cut to the L largest of each row."""
     ids = vector.ids.unsqueeze(2).expand(-1, -1, rows.ids.shape[2], -1)
     added = Entries(ids, factor * vector.weights.unsqueeze(2))
-    return largest(joined(Entries(rows.ids, scale * rows.weights), added), rows.ids.shape[-1])
+    both = joined(Entries(rows.ids, scale * rows.weights), added)
+    return largest(both, rows.ids.shape[-1], slots)
 
 
-def largest(entries: Entries, count: int) -> Entries:
-    """The `count` largest entries after adding up repeated ids; ties by lower id."""
+def largest(entries: Entries, count: int, slots: Tensor | None = None) -> Entries:
+    """The `count` largest entries after adding up repeated ids; ties by lower id, or slot."""
     ids, order = entries.ids.sort(dim=-1, stable=True)
+    if slots is not None:
+        order = slots.gather(1, entries.ids.flatten(1)).view_as(ids).argsort(dim=-1, stable=True)
+        ids = entries.ids.gather(-1, order)
     weights = totals(Entries(ids, entries.weights.gather(-1, order)))
     weights[..., 1:].masked_fill_(ids[..., 1:] == ids[..., :-1], 0)
     chosen = top_k(nonzero_first(weights), count)

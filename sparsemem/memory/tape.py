@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from sparsemem.memory.episode import EpisodeStore
+    from sparsemem.memory.store import EpisodeStore
 
 
 NO_PASS = -1
@@ -28,8 +28,10 @@ class Tape:
     Operation 0 is the first that a gradient flows through: a pass that reaches it is over.
     """
 
-    def __init__(self, store: EpisodeStore) -> None:
+    def __init__(self, store: EpisodeStore, start: Tensor | None = None) -> None:
         self.store = store
+        # Rows touched before have their history elsewhere, or none: [B].
+        self.start = store.touched if start is None else start
         self.length = 0
         self._pass = NO_PASS  # the backward pass that the buffer belongs to
         self._buffer: Tensor | None = None  # [B, capacity, W]
@@ -84,14 +86,13 @@ class Tape:
         self.store.give_buffer(self._buffer)
         self._buffer, self._dirty = None, []
 
-    def gradients(self, extent: int) -> tuple[Tensor, Tensor]:
-        """Gradient of the first `extent` rows: ids [B, n], values [B, n, W] (0 where repeated)."""
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradient of the rows: ids [B, n] (-1 instead of a repetition), values [B, n, W]."""
         assert self._buffer is not None, "called after enter"
         ids = torch.cat(self._dirty, 1).sort(1).values
-        dropped = ids >= extent
-        dropped[:, 1:] |= ids[:, 1:] == ids[:, :-1]
-        values = take_rows(self._buffer, ids).masked_fill(dropped.unsqueeze(-1), 0)
-        return ids.masked_fill(dropped, 0), values
+        values = take_rows(self._buffer, ids)
+        ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], -1)
+        return ids, values
 
     @property
     def has_gradients(self) -> bool:
@@ -175,7 +176,7 @@ class Fork(torch.autograd.Function):
         ctx.tape, ctx.operation = tape, tape.record()
         ctx.parent, ctx.parent_operation = parent, operation
         # Rows that the fork touches later have no history in the parent, nor a place there.
-        ctx.extent = parent.store.extent
+        ctx.touched = tape.start
         return token.clone()
 
     @staticmethod
@@ -184,6 +185,37 @@ class Fork(torch.autograd.Function):
         """Give the parent what is left in the buffer."""
         ctx.tape.enter(ctx.operation)
         if ctx.tape.has_gradients:
-            ctx.parent.add_later(ctx.parent_operation, *ctx.tape.gradients(ctx.extent))
+            ids, values = ctx.tape.gradients()
+            dropped = (ids < 0) | (ids >= ctx.touched.unsqueeze(1))
+            values.masked_fill_(dropped.unsqueeze(2), 0)
+            ctx.parent.add_later(ctx.parent_operation, ids.masked_fill(dropped, 0), values)
         ctx.tape.leave(ctx.operation)
         return torch.zeros_like(token_gradient), None, None, None
+
+
+class BaseRows(torch.autograd.Function):
+    """First operation over a bank: hands what is left of the rows' gradient to the bank.
+
+    What the buffer holds for a row that was copied from the bank after the tape began is the
+    gradient of the copy, whenever it was made: no earlier operation has to do with the row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, bank_rows: Tensor, tape: Tape) -> Tensor:
+        """The token."""
+        ctx.tape, ctx.operation = tape, tape.record()
+        return token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token_gradient: Tensor) -> Any:
+        """The bank's row-sparse gradient."""
+        tape = ctx.tape
+        buffer = tape.enter(ctx.operation)
+        ids, values = tape.start.new_empty(len(buffer), 0), buffer[:, :0]
+        if tape.has_gradients:
+            ids, values = tape.gradients()
+        earlier = ids < tape.start.unsqueeze(1)
+        gradient = tape.store.base_gradient(ids.masked_fill(earlier, -1), values)
+        tape.leave(ctx.operation)
+        return torch.zeros_like(token_gradient), gradient, None

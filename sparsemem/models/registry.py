@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -38,18 +38,15 @@ def model_options(name: str) -> dict[str, Any]:
     """Options that a config may give for a model, with their defaults.
 
     A required option's value is `inspect.Parameter.empty`. Arguments that only code can
-    give, such as a controller factory, are left out.
+    give, such as a controller factory or a bank, are left out.
     """
     options: dict[str, Any] = {}
+    kinds = _kinds(name)
     for parameter in (
         p for init in _inits(name) for p in inspect.signature(init).parameters.values()
     ):
-        if parameter.name == "self":
-            continue
-        sayable = isinstance(parameter.default, bool | int | float | str | None)
-        required = parameter.default is inspect.Parameter.empty
         many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if not many and (sayable or required):
+        if parameter.name != "self" and not many and _is_sayable(kinds[parameter.name]):
             options.setdefault(parameter.name, parameter.default)
     return options
 
@@ -81,6 +78,11 @@ def _kinds(name: str) -> dict[str, Any]:
     for init in _inits(name):
         kinds = get_type_hints(init) | kinds
     return kinds
+
+
+def _is_sayable(kind: Any) -> bool:
+    """Whether YAML can say a value of an annotated type."""
+    return all(part in (bool, int, float, str, type(None)) for part in get_args(kind) or (kind,))
 
 
 def _inits(name: str) -> list[Callable[..., None]]:

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.indexes.metrics import cosine
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
-from sparsemem.memory.episode import Episode
+from sparsemem.memory.episode import Episode, check_bank
 from sparsemem.models.base import Access, Cell, MemoryModel
 from sparsemem.models.controller import (
     ControllerFactory,
@@ -23,6 +24,7 @@ from sparsemem.models.controller import (
     mover,
 )
 
+NUM_SLOTS, SLOT_DIM = 1_048_576, 32  # unless given, or those of a bank
 INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
 
 # Where the gates start (docs/architecture.md): write to fresh slots, read sharply.
@@ -35,7 +37,7 @@ class SAMState(NamedTuple):
 
     controller: ControllerState
     reads: Float[Tensor, "B HW"]
-    read: Entries  # [B, H, S]
+    read: Entries  # [B, H, S], at positions of the episode
     write: Entries  # [B, H, U]
     episode: Episode
 
@@ -77,8 +79,9 @@ def mapped(function: Callable[[Tensor], Tensor], state: Any) -> dict[str, Any]:
 
 
 def access_of(state: Any) -> Access:
-    """The `Access` record of a sparse state."""
-    return Access(*state.read.detach(), *state.write.detach())
+    """The `Access` record of a sparse state, by slots."""
+    read, write, slots_of = state.read.detach(), state.write.detach(), state.episode.slots_of
+    return Access(slots_of(read.ids), read.weights, slots_of(write.ids), write.weights)
 
 
 class HeadInterface(NamedTuple):
@@ -121,6 +124,8 @@ class SAMCell(Cell):
         strength_bias, interpolation_bias: where beta and gamma start, before oneplus and sigmoid.
         bypass_dropout: chance in training that a controller output does not reach the output
             layer, which then has to rely on what was read (Franke et al. 2018, arXiv 1807.02658).
+        memory: bank that every sequence starts from and leaves as it is (`Episode.over`), with
+            num_slots rows of width slot_dim; None: rows of zeros.
     """
 
     num_modes = 0  # ways of reading to mix, beyond the one by content
@@ -140,6 +145,7 @@ class SAMCell(Cell):
         strength_bias: float = STRENGTH_BIAS,
         interpolation_bias: float = INTERPOLATION_BIAS,
         bypass_dropout: float = 0.0,
+        memory: MemoryBank | None = None,
     ) -> None:
         super().__init__()
         self.input_size = check_size("input_size", input_size)
@@ -150,6 +156,9 @@ class SAMCell(Cell):
         self.top_k = check_size("top_k", top_k)
         check_at_most("top_k", top_k, "num_slots", num_slots)
         check_at_most("num_heads", num_heads, "num_slots", num_slots)
+        if memory is not None:
+            check_memory_sizes(memory, num_slots, slot_dim)
+        self.memory = memory
         self.index_after = (
             index_after if index_after is None else check_size("index_after", index_after)
         )
@@ -163,26 +172,39 @@ class SAMCell(Cell):
             gates[:, 0], gates[:, 2] = strength_bias, interpolation_bias
 
     def initial_state(self, batch_size: int) -> Any:
-        """Every row zero, nothing read or written yet."""
+        """The memory as it is before any write, nothing read or written yet."""
         weight = self.interface.weight
         ids = torch.empty(batch_size, self.num_heads, 0, dtype=torch.int64, device=weight.device)
         nothing = Entries(ids, weight.new_empty(ids.shape))
         reads = weight.new_zeros(batch_size, self.num_heads * self.slot_dim)
-        episode = Episode.start(
-            batch_size,
-            self.num_slots,
-            self.slot_dim,
-            index_after=self.index_after,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        episode = self._initial_episode(batch_size)
         return SAMState(None, reads, nothing, nothing, episode)
+
+    def _initial_episode(self, batch_size: int) -> Episode:
+        like, memory = self.interface.weight, self.memory
+        if memory is None:
+            return Episode.start(
+                batch_size,
+                self.num_slots,
+                self.slot_dim,
+                index_after=self.index_after,
+                device=like.device,
+                dtype=like.dtype,
+            )
+        if (memory.computing_dtype, memory.keys.device) != (like.dtype, like.device):
+            raise TypeError(
+                f"memory is computed in {memory.computing_dtype} on {memory.keys.device}, the"
+                f" model's parameters are {like.dtype} on {like.device}"
+            )
+        return Episode.over(memory, batch_size, index_after=self.index_after)
 
     def check_state(self, state: Any, batch_size: int) -> None:
         """Refuse a state of another model, size, batch, dtype or device."""
         super().check_state(state, batch_size)
         check_like("state", state.reads, self.interface.weight)
         check_memory(state, self.num_slots, self.num_heads, self.num_heads * self.slot_dim)
+        if state.episode.bank is not self.memory:
+            raise ValueError("state was made over another memory than this model's")
 
     def forward(self, input: Float[Tensor, "B X"], state: Any) -> tuple[Float[Tensor, "B F"], Any]:
         """One step: (features [h_t, r_t], next state)."""
@@ -228,10 +250,30 @@ def check_memory(state: Any, num_slots: int, num_heads: int, read_size: int) -> 
         )
 
 
+def check_memory_sizes(memory: MemoryBank, num_slots: int, slot_dim: int) -> None:
+    """Refuse a bank that an episode cannot lie over, or of other sizes."""
+    check_bank("memory", memory)
+    for name, value, of, expected in (
+        ("num_slots", num_slots, "num_rows", memory.num_rows),
+        ("slot_dim", slot_dim, "width", memory.width),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} is {value}, expected memory's {of} = {expected}")
+
+
+def sizes_over(memory: MemoryBank | None, num_slots: int, slot_dim: int) -> tuple[int, int]:
+    """Slots and their width: a bank's in the place of the defaults."""
+    if isinstance(memory, MemoryBank):
+        num_slots = memory.num_rows if num_slots == NUM_SLOTS else num_slots
+        slot_dim = memory.width if slot_dim == SLOT_DIM else slot_dim
+    return num_slots, slot_dim
+
+
 class SAM(MemoryModel):
     """Sparse access memory: `output, state = SAM(8, 100, 8)(input [B, T, 8])`, batch first.
 
-    Arguments as in `SAMCell`, and output_size, the width of the output.
+    Arguments as in `SAMCell`, and output_size, the width of the output. With `memory=bank` the
+    sizes need not be given: they are the bank's.
     """
 
     def __init__(
@@ -239,11 +281,13 @@ class SAM(MemoryModel):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_slots: int = 1_048_576,
-        slot_dim: int = 32,
+        num_slots: int = NUM_SLOTS,
+        slot_dim: int = SLOT_DIM,
         num_heads: int = 4,
         top_k: int = 4,
+        memory: MemoryBank | None = None,
         **options: Any,
     ) -> None:
-        cell = SAMCell(input_size, hidden_size, num_slots, slot_dim, num_heads, top_k, **options)
+        sizes = (*sizes_over(memory, num_slots, slot_dim), num_heads, top_k)
+        cell = SAMCell(input_size, hidden_size, *sizes, memory=memory, **options)
         super().__init__(cell, output_size)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_size
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
@@ -15,11 +16,14 @@ from sparsemem.memory.links import TemporalLinks
 from sparsemem.models.base import Access, MemoryModel
 from sparsemem.models.controller import ControllerState, mover
 from sparsemem.models.sam import (
+    NUM_SLOTS,
+    SLOT_DIM,
     HeadInterface,
     SAMCell,
     access_of,
     content_weights,
     mapped,
+    sizes_over,
 )
 
 
@@ -81,7 +85,7 @@ class SDNCCell(SAMCell):
         self.num_links = check_size("num_links", num_links)
 
     def initial_state(self, batch_size: int) -> Any:
-        """Every row zero, nothing linked yet."""
+        """The memory as it is before any write, nothing linked yet."""
         state = super().initial_state(batch_size)
         links = TemporalLinks.start(batch_size, self.num_heads, self.num_links, state.reads)
         return SDNCState(**state._asdict(), links=links)
@@ -91,11 +95,12 @@ class SDNCCell(SAMCell):
     ) -> tuple[Entries, Tensor, Episode]:
         content_ids = episode.search(interface.query, self.top_k)
         links, extent = state.links, max(episode.extent, self.top_k)
+        last_read, slots = state.read.detach(), episode.slot_table
         with torch.no_grad():
             links.reserve(extent)
-            links.update(write.detach(), extent)
-            after = links.follow(links.follows, state.read.detach(), self.top_k, extent)
-            before = links.follow(links.precedes, state.read.detach(), self.top_k, extent)
+            links.update(write.detach(), extent, slots)
+            after = links.follow(links.follows, last_read, self.top_k, extent, slots)
+            before = links.follow(links.precedes, last_read, self.top_k, extent, slots)
         ids = torch.cat([before.ids, content_ids, after.ids], -1)
         rows, episode = episode.read(ids)
         content_rows = rows[:, :, self.top_k : 2 * self.top_k]
@@ -115,11 +120,13 @@ class SDNC(MemoryModel):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_slots: int = 1_048_576,
-        slot_dim: int = 32,
+        num_slots: int = NUM_SLOTS,
+        slot_dim: int = SLOT_DIM,
         num_heads: int = 4,
         top_k: int = 4,
+        memory: MemoryBank | None = None,
         **options: Any,
     ) -> None:
-        cell = SDNCCell(input_size, hidden_size, num_slots, slot_dim, num_heads, top_k, **options)
+        sizes = (*sizes_over(memory, num_slots, slot_dim), num_heads, top_k)
+        cell = SDNCCell(input_size, hidden_size, *sizes, memory=memory, **options)
         super().__init__(cell, output_size)

@@ -3,7 +3,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemem.memory.entries import Entries
+from sparsemem.memory.slots import PrefixSlots
 from sparsemem.memory.usage import ACCESS_THRESHOLD, AccessOrder
+
+
+def order_of(batch_size, num_slots):
+    return AccessOrder(batch_size, PrefixSlots(num_slots), torch.device("cpu"))
 
 
 class Loops:
@@ -47,7 +52,7 @@ def histories(draw):
 @given(histories(), st.booleans())
 def test_equals_sorting_all_slots(history, fresh_too):
     num_slots, heads, steps = history
-    order = AccessOrder(2, num_slots, torch.device("cpu"))
+    order = order_of(2, num_slots)
     order.grow(num_slots)
     loops = [Loops(num_slots), Loops(num_slots)]
     for batch in steps:
@@ -66,7 +71,7 @@ def test_equals_sorting_all_slots(history, fresh_too):
 
 
 def test_a_huge_memory_starts_with_its_first_slots():
-    order = AccessOrder(1, 2**40, torch.device("cpu"))
+    order = order_of(1, 2**40)
     order.grow(4)
     assert order.least_recent(6).tolist() == [[0, 1, 2, 3, 4, 5]]
     order.mark(Entries(torch.tensor([[[0, 2]]]), torch.tensor([[[1.0, 1.0]]])))
@@ -75,7 +80,7 @@ def test_a_huge_memory_starts_with_its_first_slots():
 
 
 def test_heads_are_not_added_up():
-    order = AccessOrder(1, 4, torch.device("cpu"))
+    order = order_of(1, 4)
     order.grow(4)
     order.mark(Entries(torch.tensor([[[0], [0]]]), torch.tensor([[[0.004], [0.004]]])))
     assert order.last_access.tolist() == [[-1, -1, -1, -1]]
@@ -84,7 +89,7 @@ def test_heads_are_not_added_up():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=12))
 def test_asking_for_other_numbers_loses_no_slot(counts):
-    order, loop = AccessOrder(1, 5, torch.device("cpu")), Loops(5)
+    order, loop = order_of(1, 5), Loops(5)
     order.grow(5)
     for count in counts:
         chosen = order.least_recent(count).tolist()[0]
@@ -95,7 +100,7 @@ def test_asking_for_other_numbers_loses_no_slot(counts):
 
 def test_a_slot_that_is_never_accessed_does_not_slow_the_others(monkeypatch):
     """One head's gate stays shut: its slot is offered for ever, and the rest is not rescanned."""
-    order = AccessOrder(1, 2**40, torch.device("cpu"))
+    order = order_of(1, 2**40)
     looked_at = []
     entries = AccessOrder._entries
     monkeypatch.setattr(
@@ -112,7 +117,7 @@ def test_a_slot_that_is_never_accessed_does_not_slow_the_others(monkeypatch):
 
 
 def test_a_copy_made_in_a_later_lap_is_independent():
-    order = AccessOrder(1, 3, torch.device("cpu"))
+    order = order_of(1, 3)
     order.grow(3)
 
     def access(which, *slots):
@@ -121,7 +126,7 @@ def test_a_copy_made_in_a_later_lap_is_independent():
 
     access(order, 0, 1, 2)
     assert order.least_recent(1).tolist() == [[0]]
-    copy = order.to(torch.device("cpu"))
+    copy = order.to(torch.device("cpu"), order.slots)
     access(copy, 1, 0, 2)
     assert copy.least_recent(3).tolist() == [[1, 0, 2]], "the copy has gone on to another lap"
     access(order, 0)
@@ -129,9 +134,9 @@ def test_a_copy_made_in_a_later_lap_is_independent():
 
 
 def test_a_copy_is_independent():
-    order = AccessOrder(1, 4, torch.device("cpu"))
+    order = order_of(1, 4)
     order.grow(4)
-    copy = order.to(torch.device("cpu"))
+    copy = order.to(torch.device("cpu"), order.slots)
     order.mark(Entries(torch.tensor([[[0]]]), torch.tensor([[[1.0]]])))
     assert order.least_recent(1).tolist() == [[1]]
     assert copy.least_recent(1).tolist() == [[0]]

@@ -42,13 +42,19 @@ def gates(cell, hidden):
 
 
 class Dense:
-    """The state of the dense transcription, and one step of it."""
+    """The state of the dense transcription, and one step of it.
 
-    def __init__(self, cell, batch_size, dtype):
+    `rows` [N, W] is what the memory starts from (zeros), `live` [N] says which of its slots are
+    taken: of slots that were never accessed, those that are not come first.
+    """
+
+    def __init__(self, cell, batch_size, dtype, rows=None, live=None):
         heads, slots = cell.num_heads, cell.num_slots
         self.cell = cell
-        self.memory = torch.zeros(batch_size, slots, cell.slot_dim, dtype=dtype)
-        self.last_access = torch.full((batch_size, slots), -1)
+        rows = torch.zeros(slots, cell.slot_dim, dtype=dtype) if rows is None else rows
+        live = torch.ones(slots, dtype=torch.bool) if live is None else live
+        self.memory = (rows * live[:, None]).expand(batch_size, -1, -1)
+        self.last_access = torch.where(live, -1, -2).repeat(batch_size, 1)
         self.read_weights = torch.zeros(batch_size, heads, slots, dtype=dtype)
         self.reads = torch.zeros(batch_size, heads * cell.slot_dim, dtype=dtype)
         self.follows = torch.zeros(batch_size, heads, slots, slots, dtype=dtype)  # N
@@ -104,8 +110,8 @@ def cell_output(hidden, reads):
     return torch.cat([hidden, reads], 1)
 
 
-def run(model, input):
+def run(model, input, rows=None, live=None):
     """Output of `model`, computed densely, and the final dense state."""
-    state = Dense(model.cell, len(input), input.dtype)
+    state = Dense(model.cell, len(input), input.dtype, rows, live)
     outputs = [model.output(state.step(step)) for step in input.unbind(1)]
     return torch.stack(outputs, 1), state
