@@ -1,25 +1,46 @@
-"""Exact search: a scan of all live rows, in chunks, on any device."""
+"""Exact search: a scan of all live rows, in blocks, on any device.
+
+A matrix product scores rows fast, but its sums differ from the rows' own scores
+(`Metric.scores`) by rounding, and so does its order. Therefore it only sorts out: it gives each
+row an upper bound of its score, by the standard bound of a sum's rounding error (Higham 2002,
+Accuracy and Stability of Numerical Algorithms, section 3.1: |fl(x.y) - x.y| <= n u |x||y|). The
+rows with the best bounds are scored themselves; where the next bound does not fall short of the
+k-th best score found, the query is scanned again row by row. So the result is exact, ties
+included, and the second scan rare.
+
+Below, *worth* is a score in the direction in which more is better: the negative distance for l2.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import MISSING, Found, Index, best_of
-from sparsemem.indexes.metrics import Metric, inverse_norm
+from sparsemem.indexes.base import Found, Index, best_of
+from sparsemem.indexes.metrics import COSINE_EPSILON, Metric, inverse_norm
+from sparsemem.indexes.table import RowTable
 
-CHUNK = 16_384  # rows scanned at once
-SPARE = (
-    8  # more than k are kept of a chunk: the scan's scores differ from the rows' own by rounding
-)
+BLOCK_ROWS = 16_384  # rows scanned at once
+BATCH_QUERIES = 256  # queries scanned at once: the bounds of a block take 16 MiB
+SPARE = 8  # rows beyond k that are scored themselves
+SCORED_NUMBERS = 2**22  # of rows that are scored themselves at once
+SPAN = 64  # neighbouring rows of which only the best is compared at first
+
+# Makes the blocks of a scan: ids, ascending over all blocks, and rows.
+Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class ExactIndex(Index):
-    """Scans every live row: O(N) a search, nothing to maintain."""
+    """Scans every live row: O(N) a search, nothing to maintain.
+
+    A row whose score is not a number ranks last, with the worst score.
+    """
 
     def _search(self, queries: Tensor, k: int) -> Found:
-        return scan(self, queries, k)
+        return scan(self.table, self.metric, queries, k)
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Nothing to do: a scan sees the rows as they are."""
@@ -31,37 +52,203 @@ class ExactIndex(Index):
         """Nothing to do."""
 
 
-def scan(index: Index, queries: Tensor, k: int) -> Found:
-    """The k best live rows among all, by a chunked matrix product and a second look.
+def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
+    """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`."""
 
-    SKELETON: ties at the edge of a chunk's k + SPARE are to be made exact.
+    def blocks() -> Iterable[tuple[Tensor, Tensor]]:
+        for start in range(0, table.extent, BLOCK_ROWS):
+            yield table.block(start, min(start + BLOCK_ROWS, table.extent))
+
+    return best_rows(table.take, metric, queries, k, blocks)
+
+
+def scan_rows(
+    table: RowTable,
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    ids: Int[Tensor, " n"],
+    k: int,
+) -> Found:
+    """As `scan`, among those of the rows `ids` (distinct, in any order) that are live."""
+    ids = ids[table.is_live(ids)].sort().values
+
+    def blocks() -> Iterable[tuple[Tensor, Tensor]]:
+        for part in torch.split(ids, BLOCK_ROWS):
+            yield part, table.take(part)
+
+    return best_rows(table.take, metric, queries, k, blocks)
+
+
+def best_rows(
+    take: Callable[[Tensor], Tensor],
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    k: int,
+    blocks: Blocks,
+) -> Found:
+    """The k best of the rows in `blocks`, exactly. `take(ids)` gives rows by id."""
+    if not len(queries):
+        scores = queries.new_empty(0, k)
+        return Found(scores, torch.empty(0, k, dtype=torch.int64, device=queries.device))
+    parts = []
+    for some in torch.split(queries, BATCH_QUERIES):
+        ids, beyond = by_product(metric, some, k + SPARE, blocks)
+        found = best_of(own_scores(take, metric, some, ids), ids, k, metric)
+        floor = found.scores[:, -1] * metric.sign
+        unsure = ((beyond >= floor) & (beyond > -torch.inf)).nonzero().squeeze(1)
+        if len(unsure):
+            again = row_by_row(metric, some[unsure], k, blocks, floor[unsure])
+            found.scores[unsure], found.ids[unsure] = again
+        parts.append(found)
+    scores, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Found(scores, ids)
+
+
+def by_product(
+    metric: Metric, queries: Float[Tensor, "Q W"], keep: int, blocks: Blocks
+) -> tuple[Int[Tensor, "Q C"], Float[Tensor, " Q"]]:
+    """The rows with the best upper bounds, `keep` or all; and a bound of all other rows' worth."""
+    bounds = queries.new_empty(len(queries), 0)
+    ids = torch.empty(bounds.shape, dtype=torch.int64, device=queries.device)
+    beyond = queries.new_full((len(queries),), -torch.inf)
+    for block_ids, rows in blocks():
+        if not len(rows):
+            continue
+        values, places = highest(upper_bounds(metric, queries, rows), keep)
+        bounds, ids = torch.cat([bounds, values], 1), torch.cat([ids, block_ids[places]], 1)
+        if values.shape[1] < len(rows) or bounds.shape[1] > keep:
+            bounds, places = bounds.topk(keep, 1)
+            ids, beyond = ids.gather(1, places), bounds[:, -1]
+    return ids, beyond
+
+
+def row_by_row(
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    k: int,
+    blocks: Blocks,
+    floor: Float[Tensor, " Q"],
+) -> Found:
+    """The k best rows for queries whose k-th best is known to be worth `floor` or more.
+
+    The slow and simple way, but for passing over blocks whose bounds are all below the floor.
     """
-    table, metric = index.table, index.metric
-    parts_s, parts_i = [], []
-    for start in range(0, table.extent, CHUNK):
-        stop = min(start + CHUNK, table.extent)
-        rows = table.rows[start:stop].to(table.dtype)
-        scores = product_scores(metric, queries, rows)
-        scores = scores.masked_fill(~table.live[start:stop], metric.missing)
-        top = scores.topk(min(k + SPARE, stop - start), 1, largest=metric.sign > 0)
-        parts_s.append(top.values)
-        parts_i.append(torch.where(top.values == metric.missing, MISSING, top.indices + start))
-    if not parts_i:
-        ids = queries.new_full((len(queries), 0), MISSING, dtype=torch.int64)
-        return best_of(queries.new_empty(ids.shape), ids, k, metric)
-    ids = torch.cat(parts_i, 1)
-    own = metric.scores(queries, table.take(ids.clamp(min=0)))
-    return best_of(own, ids, k, metric)
+    none = torch.empty(0, dtype=torch.int64, device=queries.device)
+    best = [(queries.new_empty(0), none)] * len(queries)
+    for block_ids, rows in blocks():
+        if not len(rows):
+            continue
+        highest_bound = upper_bounds(metric, queries, rows).amax(1)
+        for query in (highest_bound >= floor).nonzero().squeeze(1).tolist():
+            scores = metric.scores(queries[query], rows)
+            worth = (scores * metric.sign).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            worth = torch.cat([best[query][0], worth])
+            ids = torch.cat([best[query][1], block_ids])
+            places = first_best(worth.unsqueeze(0), k).squeeze(0)
+            best[query] = worth[places], ids[places]
+    worth, ids = (torch.stack(tensors) for tensors in zip(*best, strict=True))
+    return Found(worth * metric.sign, ids)
 
 
-def product_scores(
+def first_best(worth: Float[Tensor, "Q C"], k: int) -> Int[Tensor, "Q K"]:
+    """Places of the k highest (or all), in order; among equal ones the first come first."""
+    k = min(k, worth.shape[1])
+    if not k:
+        return torch.empty(len(worth), 0, dtype=torch.int64, device=worth.device)
+    last = worth.topk(k, 1).values[:, -1:]
+    above, equal = worth > last, worth == last
+    room = k - above.sum(1, keepdim=True)
+    kept = above | (equal & (equal.cumsum(1) <= room))
+    places = kept.nonzero()[:, 1].view(-1, k)
+    order = worth.gather(1, places).argsort(dim=1, descending=True, stable=True)
+    return places.gather(1, order)
+
+
+def highest(values: Float[Tensor, "Q C"], keep: int) -> tuple[Tensor, Tensor]:
+    """`topk`, which finds among the spans that hold the highest values: a pass instead of a sort.
+
+    Which of equal values are taken is left open.
+    """
+    count, columns = values.shape
+    spans = columns // SPAN
+    if spans <= 2 * keep:
+        top = values.topk(min(keep, columns), 1)
+        return top.values, top.indices
+    # Span number s is made of the columns s, s + spans, s + 2 spans, ...
+    spanned = values[:, : spans * SPAN].view(count, SPAN, spans)
+    best = spanned.amax(1).topk(keep, 1).indices.unsqueeze(1)
+    step = torch.arange(SPAN, device=values.device).view(1, SPAN, 1) * spans
+    rest = torch.arange(spans * SPAN, columns, device=values.device).expand(count, -1)
+    places = torch.cat([(best + step).flatten(1), rest], 1)
+    top = values.gather(1, places).topk(keep, 1)
+    return top.values, places.gather(1, top.indices)
+
+
+def own_scores(
+    take: Callable[[Tensor], Tensor],
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    ids: Int[Tensor, "Q C"],
+) -> Float[Tensor, "Q C"]:
+    """`Metric.scores` of each query's own rows, so many at a time that memory stays bounded."""
+    step = max(1, SCORED_NUMBERS // max(1, ids.shape[1] * queries.shape[1]))
+    parts = [
+        metric.scores(some, take(own))
+        for some, own in zip(torch.split(queries, step), torch.split(ids, step), strict=True)
+    ]
+    # Not a number, or the difference of infinities: as bad as no row.
+    return torch.cat(parts).nan_to_num(metric.missing, torch.inf, -torch.inf)
+
+
+def upper_bounds(
     metric: Metric, queries: Float[Tensor, "Q W"], rows: Float[Tensor, "C W"]
 ) -> Float[Tensor, "Q C"]:
-    """All scores as one matrix product; differ from `Metric.scores` by rounding."""
-    product = queries @ rows.mT
-    if metric is Metric.ip:
-        return product
+    """Bounds that the worth of no row exceeds, however `Metric.scores` has rounded it.
+
+    Q, C >= 1. Infinite for all where a product might overflow or is not a number.
+    """
+    slack = rounding(rows.shape[1], rows.dtype) + product_rounding(rows.dtype)
+    if metric is Metric.l2:  # distances are the same from anywhere, but squares far away cancel
+        center = rows.mean(0)
+        queries, rows = queries - center, rows - center
     if metric is Metric.cosine:
-        return product * inverse_norm(rows) * inverse_norm(queries).unsqueeze(1)
-    squares = rows.square().sum(-1) + queries.square().sum(-1, keepdim=True)
-    return squares - 2 * product
+        queries = queries * inverse_norm(queries).unsqueeze(1)
+    query_squares, squares = square_norms(queries), square_norms(rows)
+    if not query_squares.max() + squares.max() < torch.finfo(rows.dtype).max / 4:
+        return rows.new_full((len(queries), len(rows)), torch.inf)
+    if metric is Metric.l2:
+        # Less the floors of `square_norms` and as much again: these bounds must not sink by them.
+        query_squares = query_squares - 4 * underflow(rows)
+        least = torch.add(query_squares.unsqueeze(1), squares).mul_(slack - 1)
+        return least.addmm_(queries, rows.mT, alpha=2)
+    bounds = torch.outer(slack * query_squares.sqrt(), squares.sqrt())
+    bounds.addmm_(queries, rows.mT)
+    return bounds if metric is Metric.ip else bounds.mul_((squares + COSINE_EPSILON).rsqrt())
+
+
+def square_norms(rows: Float[Tensor, "n W"]) -> Float[Tensor, " n"]:
+    """|row|^2, plus a floor for what may be lost to underflow in it and in products."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)  # needs no copy of the squares
+    return norms.square() + underflow(rows)
+
+
+def underflow(rows: Float[Tensor, "n W"]) -> float:
+    """So much that its product with `rounding` exceeds what W products can lose to underflow."""
+    kind = torch.finfo(rows.dtype)
+    return rows.shape[1] * kind.tiny / kind.eps
+
+
+def rounding(width: int, dtype: torch.dtype) -> float:
+    """Twice what two sums of `width` products can differ by, as a share of |q||m|."""
+    return 2 * (width + 16) * torch.finfo(dtype).eps
+
+
+def product_rounding(dtype: torch.dtype) -> float:
+    """What matrix products lose beside, where torch may round their factors to fewer bits."""
+    if dtype != torch.float32:
+        return 0.0
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for single backends: not known here
+        precision = "medium"
+    return {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}[precision]

@@ -9,6 +9,7 @@ from sparsemem.checks import nearest
 from sparsemem.indexes.base import Index
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.product_key import ProductKeyIndex
 from sparsemem.indexes.table import RowTable
 
 EXACT, PRODUCT_KEY = "exact", "product-key"
@@ -23,6 +24,8 @@ def make_index(name: str, table: RowTable, metric: Metric, **options: Any) -> In
     """
     if name == EXACT:
         kind: Any = ExactIndex
+    elif name == PRODUCT_KEY:
+        kind = ProductKeyIndex
     else:
         from sparsemem.indexes.fresh import FreshIndex
 

@@ -42,7 +42,20 @@ class RowTable:
     def take(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S W"]:
         """Copies of rows, in the computing dtype."""
         flat = self.rows.index_select(0, ids.flatten())
-        return flat.to(self.dtype).view(*ids.shape, -1)
+        return flat.to(self.dtype).view(*ids.shape, self.width)
+
+    def is_live(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which of the rows are there."""
+        return self.live.index_select(0, ids)
+
+    def block(self, start: int, stop: int) -> tuple[Int[Tensor, " n"], Float[Tensor, "n W"]]:
+        """Ids, ascending, and rows of what is live in start..stop-1; not to be changed."""
+        live = self.live[start:stop]
+        if live.all():  # spares the copy, which costs as much as a third of a scan
+            ids = torch.arange(start, stop, device=live.device)
+            return ids, self.rows[start:stop].to(self.dtype)
+        ids = live.nonzero().squeeze(1) + start
+        return ids, self.take(ids)
 
     def put(self, ids: Int[Tensor, " n"], rows: Float[Tensor, "n W"]) -> None:
         """Write rows and mark them live. Ids are distinct."""
