@@ -36,9 +36,9 @@ def is_table(parameter: Tensor) -> bool:
 
 
 def tell(parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
-    """Tell a bank that live rows of one of its tables moved, under `table.lock.write()`."""
+    """Tell a bank that distinct rows of one of its tables moved, under `table.lock.write()`."""
     bank = bank_of(parameter)
-    if bank is None or not len(ids):
+    if bank is None:
         return
     if parameter is bank.keys:
         bank.changed(ids)
@@ -57,7 +57,8 @@ def moved_rows(optimiser: Optimizer, table: Tensor) -> Int[Tensor, " n"]:
         return torch.arange(len(table), device=table.device)
     kept = optimiser.state.get(table, {}).values()
     sparse = [gradient, *(value for value in kept if _is_sparse(value))]
-    return torch.cat([value._indices()[0] for value in sparse]).unique()
+    ids: Tensor = torch.unique(torch.cat([value._indices()[0] for value in sparse]))
+    return ids
 
 
 def _is_sparse(value: Any) -> bool:
@@ -76,5 +77,4 @@ def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
             bank = bank_of(parameter)
             if bank is not None and is_table(parameter):
                 with bank.table.lock.write():
-                    moved = moved_rows(optimiser, parameter)
-                    tell(parameter, moved[bank.table.live.index_select(0, moved)])
+                    tell(parameter, moved_rows(optimiser, parameter))

@@ -42,8 +42,8 @@ class RowAdagrad(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
-        check_range("lr", options["lr"], 0)
-        check_range("weight_decay", options["weight_decay"], 0)
+        check_range("lr", options["lr"], 0.0)
+        check_range("weight_decay", options["weight_decay"], 0.0)
         check_above_zero("eps", options["eps"])
 
     def _zero_state(self, parameter: Tensor, by_row: bool, options: Options) -> State:

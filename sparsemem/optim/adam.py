@@ -55,10 +55,10 @@ class RowAdam(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
-        check_range("lr", options["lr"], 0)
+        check_range("lr", options["lr"], 0.0)
         check_betas(options["betas"])
         check_above_zero("eps", options["eps"])
-        check_range("weight_decay", options["weight_decay"], 0)
+        check_range("weight_decay", options["weight_decay"], 0.0)
 
     def _zero_state(self, parameter: Tensor, by_row: bool, options: Options) -> State:
         narrow = zeros_like_rows(parameter, narrow=True)

@@ -87,7 +87,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 bank.add_listener(self)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step what has a gradient; returns the closure's loss, or None without one."""
         loss = None
         if closure is not None:

@@ -29,14 +29,15 @@ def clip_grad_norm(
 
     Args:
         parameters: one or more; those without a gradient do not count.
-        max_norm: at least 0.
+        max_norm: at least 0; `inf`: nothing is scaled.
         norm_type: p of the p-norm, above 0; `inf`: the largest absolute value.
         error_if_nonfinite: raise RuntimeError, and change nothing, if the norm is NaN or infinite.
 
     Returns:
         The norm before clipping, of all gradients taken as one vector.
     """
-    check_range("max_norm", max_norm, 0, math.inf)
+    if max_norm != math.inf:
+        check_range("max_norm", max_norm, 0.0)
     if norm_type != math.inf:
         check_above_zero("norm_type", norm_type)
     own = [parameters] if isinstance(parameters, Tensor) else list(parameters)

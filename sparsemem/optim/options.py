@@ -20,7 +20,7 @@ def check_range(name: str, value: Any, minimum: float, below: float = math.inf) 
 
 def check_above_zero(name: str, value: Any) -> float:
     """Return `value` as a number, if it is a finite one above 0."""
-    if not check_range(name, value, 0):
+    if not check_range(name, value, 0.0):
         raise ValueError(f"{name} is {value!r}, expected a number above 0")
     return float(value)
 
@@ -29,5 +29,5 @@ def check_betas(value: Any) -> tuple[float, float]:
     """Return `value` if it is a pair of numbers from 0 to less than 1."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ValueError(f"betas is {value!r}, expected two numbers")
-    first, second = (check_range(f"betas[{i}]", beta, 0, 1) for i, beta in enumerate(value))
+    first, second = (check_range(f"betas[{i}]", beta, 0.0, 1.0) for i, beta in enumerate(value))
     return first, second

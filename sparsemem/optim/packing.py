@@ -19,11 +19,8 @@ def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     sizes = {len(value) if value.ndim else 0 for value in state.values()}
     if len(sizes) != 1 or 0 in sizes:
         return dict(state)
-    parts = [value.split(CHUNK) for value in state.values()]
-    marks = [
-        torch.stack([_any(part) for part in chunk]).any(0) for chunk in zip(*parts, strict=True)
-    ]
-    ids = torch.cat(marks).nonzero().squeeze(1)
+    marks = torch.stack([_any(value) for value in state.values()])
+    ids = marks.any(0).nonzero().squeeze(1)
     if 2 * len(ids) > sizes.pop():
         return dict(state)
     return {ROWS: ids} | {name: value.index_select(0, ids) for name, value in state.items()}
@@ -36,8 +33,12 @@ def unpack(saved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
     if values.keys() != state.keys():
         return False
     for name, value in values.items():
-        shape = state[name].shape if ids is None else (len(ids), *state[name].shape[1:])
-        if value.shape != shape:
+        shape = tuple(state[name].shape)
+        if ids is not None:
+            if not shape or (len(ids) and not 0 <= ids.min() <= ids.max() < shape[0]):
+                return False
+            shape = (len(ids), *shape[1:])
+        if tuple(value.shape) != shape:
             return False
     for name, value in values.items():
         into = state[name]
@@ -48,6 +49,7 @@ def unpack(saved: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _any(part: Tensor) -> Tensor:
+def _any(table: Tensor) -> Tensor:
     """Which rows hold anything but zero."""
-    return part.ne(0).reshape(len(part), -1).any(1)
+    parts = torch.split(table, CHUNK)
+    return torch.cat([part.ne(0).reshape(len(part), -1).any(1) for part in parts])

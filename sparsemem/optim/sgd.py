@@ -46,9 +46,9 @@ class RowSGD(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
-        check_range("lr", options["lr"], 0)
-        check_range("momentum", options["momentum"], 0, 1)
-        check_range("weight_decay", options["weight_decay"], 0)
+        check_range("lr", options["lr"], 0.0)
+        check_range("momentum", options["momentum"], 0.0, 1.0)
+        check_range("weight_decay", options["weight_decay"], 0.0)
         if options["nesterov"] and not options["momentum"]:
             raise ValueError("nesterov is True, expected False where momentum is 0")
 
