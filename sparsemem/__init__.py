@@ -10,6 +10,7 @@ from sparsemem.models.lstm import LSTM, LSTMCell
 from sparsemem.models.ntm import NTM, NTMCell
 from sparsemem.models.sam import SAM, SAMCell
 from sparsemem.models.sdnc import SDNC, SDNCCell
+from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD, clip_grad_norm
 
 __all__ = [
     "DNC",
@@ -28,6 +29,11 @@ __all__ = [
     "MemoryLayer",
     "MemoryModel",
     "NTMCell",
+    "RowAdagrad",
+    "RowAdam",
+    "RowAdamW",
+    "RowSGD",
     "SAMCell",
     "SDNCCell",
+    "clip_grad_norm",
 ]
