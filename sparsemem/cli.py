@@ -1,4 +1,4 @@
-"""The command line: `sparsemem train | eval | plot | models | tasks`."""
+"""The command line: `sparsemem train | eval | plot | models | tasks | bank`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from sparsemem.bank import commands as bank_commands
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bank_commands.app, name="bank")
 
 Set = Annotated[
     list[str] | None,

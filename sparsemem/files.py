@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -26,15 +27,25 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place of another: a reader sees the old one or the new one, whole."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block ends well, or never."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        write_synced(beside, data)
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in place of another: a reader sees the old one or the new one, whole."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """What can be wrong with a bank's folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from sparsemem.errors import UserError
 
 
@@ -9,3 +13,14 @@ class BankError(UserError):
 
 class DamagedError(BankError):
     """Files of a bank are missing, torn or changed; the message names the file and the place."""
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BankError(
+            f"cannot write to {path}: {error.strerror or error}; what it held before is as it was"
+        ) from error

@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparsemem.bank.errors import BankError
+from sparsemem.bank.errors import BankError, write_errors
 from sparsemem.bank.journal import Kind, Log
 from sparsemem.bank.manifest import MANIFEST, Arguments, Manifest, encode_manifest, read_manifest
 from sparsemem.bank.recovery import Bank, Tail, claim, log_path, open_folder, read_bank
@@ -64,7 +64,7 @@ def save_snapshot(bank: RowStore, path: str | Path) -> None:
     cannot be written, or rows hold NaN or infinity.
     """
     path = check_new_place(path)
-    with bank.table.lock.read(), _explained(path), new_folder(path) as folder:
+    with bank.table.lock.read(), write_errors(path), new_folder(path) as folder:
         write_new(bank, folder, start_manifest(bank, durable=False, sync=False))
 
 
@@ -74,7 +74,7 @@ def create_folder(bank: RowStore, path: str | Path, sync: bool = False) -> BankF
     sync: wait at each operation until it is on the disk. BankError as for `save_snapshot`.
     """
     path = check_new_place(path)
-    with bank.table.lock.read(), _explained(path):
+    with bank.table.lock.read(), write_errors(path):
         with new_folder(path) as folder:
             start = start_manifest(bank, durable=True, sync=sync)
             log = Log.create(log_path(folder, 0), start.bank, 0, sync)
@@ -100,7 +100,7 @@ def load_bank(
     try:
         bank, tail, changed = read_bank(kind, path, manifest, storage=storage, device=device)
         if lock is not None and tail is not None:
-            with _explained(path):
+            with write_errors(path):
                 bank.journal = folder = BankFolder(bank, path, lock, manifest, tail)
             folder.touched(changed)
             folder.tidy()
@@ -149,7 +149,7 @@ class BankFolder:
         already. BankError: nothing was saved, and all that was durable still is.
         """
         bank = self._open()
-        with self._saving, _explained(self.path):
+        with self._saving, write_errors(self.path):
             with bank.table.lock.read():  # no writer between the logs
                 start = self._begin_log(bank)
                 state, changed = _state(bank), self._changed
@@ -239,14 +239,3 @@ def _state(bank: RowStore) -> tuple[Any, ...]:
 
 def _absolute(path: str | Path) -> Path:
     return Path(path).expanduser().resolve()
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what the system says into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise BankError(
-            f"cannot write to {path}: {error.strerror or error}; what it held before is as it was"
-        ) from error

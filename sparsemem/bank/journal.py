@@ -23,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsemem.bank.errors import BankError, DamagedError
+from sparsemem.files import sync_folder
 
 MAGIC = b"SMBL"
 _HEAD = struct.Struct("<4sB3xQQI")  # magic, kind, sequence, bytes of payload, crc32 of payload
@@ -108,6 +109,7 @@ class Log:
         try:
             log.append(Kind.START, {"bank": torch.tensor(list(bytes.fromhex(bank))).byte()})
             log.flush()
+            sync_folder(path.parent)
         except BaseException:
             log.close()
             path.unlink(missing_ok=True)
