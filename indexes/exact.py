@@ -13,7 +13,7 @@ Below, *worth* is a score in the direction in which more is better: the negative
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -100,8 +100,7 @@ def best_rows(
             again = row_by_row(metric, some[unsure], k, blocks, floor[unsure])
             found.scores[unsure], found.ids[unsure] = again
         parts.append(found)
-    scores, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Found(scores, ids)
+    return joined(parts)
 
 
 def by_product(
@@ -132,6 +131,7 @@ def row_by_row(
     """The k best rows for queries whose k-th best is known to be worth `floor` or more.
 
     The slow and simple way, but for passing over blocks whose bounds are all below the floor.
+    (Fewer than k where rows are removed meanwhile, by a caller that does not hold the lock.)
     """
     none = torch.empty(0, dtype=torch.int64, device=queries.device)
     best = [(queries.new_empty(0), none)] * len(queries)
@@ -146,8 +146,8 @@ def row_by_row(
             ids = torch.cat([best[query][1], block_ids])
             places = first_best(worth.unsqueeze(0), k).squeeze(0)
             best[query] = worth[places], ids[places]
-    worth, ids = (torch.stack(tensors) for tensors in zip(*best, strict=True))
-    return Found(worth * metric.sign, ids)
+    parts = [best_of(worth[None] * metric.sign, ids[None], k, metric) for worth, ids in best]
+    return joined(parts)
 
 
 def first_best(worth: Float[Tensor, "Q C"], k: int) -> Int[Tensor, "Q K"]:
@@ -182,6 +182,13 @@ def highest(values: Float[Tensor, "Q C"], keep: int) -> tuple[Tensor, Tensor]:
     places = torch.cat([(best + step).flatten(1), rest], 1)
     top = values.gather(1, places).topk(keep, 1)
     return top.values, places.gather(1, top.indices)
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    """What was found for some queries after another, as one."""
+    return Found(
+        torch.cat([part.scores for part in parts]), torch.cat([part.ids for part in parts])
+    )
 
 
 def own_scores(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsemem.checks import check_size
 from sparsemem.indexes.base import MISSING, Found, Index, best_of
-from sparsemem.indexes.exact import BLOCK_ROWS, SPARE, best_rows, own_scores, rounding, scan
+from sparsemem.indexes.exact import BLOCK_ROWS, SPARE, best_rows, joined, own_scores, rounding, scan
 from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
@@ -208,8 +208,7 @@ class ProductKeyIndex(Index):
             sums = first.scores[some].double()[:, left] + second.scores[some].double()[:, right]
             ids = first.ids[some][:, left] * half + second.ids[some][:, right]
             parts.append(best_of(sums, ids, depth, self.metric))
-        sums, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Found(sums, ids)
+        return joined(parts)
 
     def _best_halves(self, number: int, queries: Tensor, count: int) -> Found:
         subkeys, dtype = self.table.subkeys[number], self.table.dtype
