@@ -159,9 +159,7 @@ def test_a_record_that_is_no_safetensors_file_is_refused(tmp_path):
     payload = b"cos\nsystem\n(S'true'\ntR."  # a pickle
     head = struct.pack("<4sB3xQQI", b"SMBL", 0, 0, len(payload), zlib.crc32(payload))
     (tmp_path / "log").write_bytes(head + struct.pack("<I", zlib.crc32(head)) + payload)
-    with pytest.raises(
-        DamagedError, match="record at byte 0: its contents are not in the safetensors"
-    ):
+    with pytest.raises(DamagedError, match="at byte 0: its contents are not in the safetensors"):
         read(tmp_path / "log")
 
 
