@@ -61,6 +61,7 @@ class Derived:
         oversample = QUANTISED if is_quantised(self.faiss) else 1
         self.start = Setting(min(START_EFFORT, self.knob.limit), oversample)  # before tuning
         self.setting = self.start
+        self.holds = True  # the floor of the recall, at that setting
         # Lazily zero: one more than the label, so that 0 is none.
         self.label_of = np.zeros(table.num_rows, np.int64)
         self.dirty = np.zeros(table.num_rows, np.bool_)

@@ -135,5 +135,5 @@ class FreshIndex(Index):
         if short.any():
             self.scans += 1
             found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
-        self.upkeep.searched()
+        self.upkeep.searched(derived, queries, found)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from sparsemem.indexes.metrics import Metric
 SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
 OF_A_BATCH = 4  # queries that are kept of each
 MOST_OVERSAMPLING = 64
+WATCHED = 24  # queries whose agreement is averaged
 PLATEAU = 0.002  # a rise of recall that is not worth looking harder
 
 
@@ -57,6 +59,34 @@ def recall(found: Found, truth: Found, metric: Metric) -> float:
     good = (found.ids >= 0) & (metric.sign * found.scores >= metric.sign * worst)
     hits = torch.minimum(good.sum(1), there.sum(1))
     return int(hits.sum()) / int(there.sum())
+
+
+class Watch:
+    """Notices within some hundred queries that a search no longer looks hard enough.
+
+    Single live queries are searched again, harder; what both agree on counts as found. That
+    costs next to nothing, where the truth would cost a scan of all rows.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # readers search side by side
+        self._latest: deque[float] = deque(maxlen=WATCHED)
+
+    def add(self, agreement: float, alarm: float) -> float | None:
+        """Count one query; the mean agreement if it is under the alarm, and then start again."""
+        with self._lock:
+            self._latest.append(agreement)
+            mean = sum(self._latest) / len(self._latest)
+            if len(self._latest) < WATCHED // 2 or mean >= alarm:
+                return None
+            self._latest.clear()
+            return mean
+
+
+def harder(setting: Setting, limit: int, steps: int) -> Setting:
+    """A setting some steps up the ladder."""
+    above = [effort for effort in ladder(limit) if effort > setting.effort]
+    return setting._replace(effort=[setting.effort, *above[:steps]][-1])
 
 
 def tune(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.derived import Abandoned, Derived, Setting
-from sparsemem.indexes.recall import SAMPLE, recall, tune
+from sparsemem.indexes.recall import SAMPLE, Watch, harder, recall, tune
 from sparsemem.indexes.worker import Worker, stand_back
 
 if TYPE_CHECKING:
@@ -24,12 +24,15 @@ ABSORBED_AT_ONCE = 512  # rows for which searches may have to wait
 MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
 CHECK_QUERIES = 8_192  # after so many, and
 CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
+WATCH_EVERY = 16  # searches, while no rows change
+HARDER = 4  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
 PATIENCE = 60.0  # seconds before what failed is tried again
 BUILDER_NICE = 10
 
 # The recall to tune for and the one at which to tune again, between the floor (0) and 1.
-TARGET, ALARM = 0.5, 0.2
+TARGET, ALARM = 0.5, 0.3
+EASY = 0.9  # more than is needed: look less hard
 CAUTIOUS = 0.9  # while there are no live queries: rows are easier to serve
 
 # What calls for lists trained anew.
@@ -37,6 +40,7 @@ UNEVEN = 2.0  # imbalance over that of new lists
 REPLACED = 0.5  # rows absorbed, as a share of those built from
 GROWN = 2.0  # live rows over those built from
 STALE = 0.3  # share of the entries
+STRAINED = 6  # times the effort of new lists
 
 
 class Upkeep:
@@ -44,20 +48,26 @@ class Upkeep:
 
     def __init__(self, index: FreshIndex, background: bool) -> None:
         self.index = index
-        self.exact_only = False  # the index cannot hold the floor
         self.recall: float | None = None
         self.rebuilds = 0
         self.error: BaseException | None = None
         self._built_rows, self._built_imbalance, self._built_at = 0, 1.0, time.monotonic()
-        self._imbalance = 1.0  # as last measured
+        self._imbalance, self._built_effort = 1.0, 1  # the imbalance as last measured
         self._changes = 0  # rows changed since the last check
         self._checked_queries = 0
         self._settled_live = True  # False: tuned on rows, before there were queries
+        self._watch, self._searches, self._watched_at = Watch(), 0, 0
         self._rest_until = 0.0
         self._failed_at = -PATIENCE
         self._building = threading.Lock()
         self._builder: threading.Thread | None = None
         self._worker = Worker(self) if background else None
+
+    @property
+    def exact_only(self) -> bool:
+        """Whether searches are scans: there is no index yet, or it cannot hold the floor."""
+        current = self.index.current
+        return current is None or not current.holds
 
     def changed(self, count: int) -> None:
         """Rows were changed or removed, under the table's write lock."""
@@ -73,8 +83,9 @@ class Upkeep:
         elif self._absorb_due() or self._check_due() or self._rebuild_due():
             self._worker.wake()
 
-    def searched(self) -> None:
+    def searched(self, derived: Derived, queries: Tensor, found: Found) -> None:
         """A search has ended, under the table's read lock."""
+        self._watch_agreement(derived, queries, found)
         if not self._check_due():
             return
         if self._worker is None:
@@ -112,7 +123,7 @@ class Upkeep:
             "recall": self.recall,
             "age": time.monotonic() - self._built_at,
             "rebuilds": self.rebuilds,
-            "exact": self.index.current is None or self.exact_only,
+            "exact": self.exact_only,
             "error": None if self.error is None else repr(self.error),
         }
 
@@ -132,8 +143,26 @@ class Upkeep:
 
     # Measuring and tuning
 
+    def _watch_agreement(self, derived: Derived, queries: Tensor, found: Found) -> None:
+        """Search one query harder: every time while rows drift, else now and then."""
+        self._searches += 1
+        drifting = derived.absorbed != self._watched_at
+        if self.index.min_recall is None or not (drifting or self._searches % WATCH_EVERY == 0):
+            return
+        self._watched_at = derived.absorbed
+        setting, limit = derived.setting, derived.knob.limit
+        if setting.effort >= limit:
+            return
+        one = slice(self._searches % len(queries), self._searches % len(queries) + 1)
+        much = setting._replace(effort=min(HARDER * setting.effort, limit))
+        truth = self.index.found(derived, queries[one], found.ids.shape[1], much)
+        agreement = recall(Found(found.scores[one], found.ids[one]), truth, self.index.metric)
+        mean = self._watch.add(agreement, self._floor(ALARM))
+        if mean is not None:
+            derived.setting = harder(setting, limit, 1 if mean >= self._floor(0.0) else 2)
+
     def _check_due(self) -> bool:
-        if self.index.current is None or self.exact_only:
+        if self.exact_only:
             return False
         rows = max(CHECK_ROWS, self.index.table.num_live // 100)
         queries = self.index.sample.seen - self._checked_queries
@@ -153,9 +182,11 @@ class Upkeep:
         self.recall = self._measured(derived, derived.setting, queries, truth)
         if self.index.min_recall is None:
             return
-        if self.recall < self._floor(ALARM) or not self._settled_live:
+        eased = self.recall > self._floor(EASY) and derived.setting.effort > 1
+        if self.recall < self._floor(ALARM) or eased or not self._settled_live:
             self._tune(derived, queries, truth, TARGET)
-            self._settled_live = True
+            if not self._settled_live:
+                self._settled_live, self._built_effort = True, derived.setting.effort
 
     def _floor(self, part: float) -> float:
         assert self.index.min_recall is not None
@@ -168,8 +199,8 @@ class Upkeep:
             derived.knob.limit,
             self._floor(target),
         )
-        self.exact_only = self.recall < self._floor(0.0)
-        if self.exact_only:
+        derived.holds = self.recall >= self._floor(0.0)
+        if not derived.holds:
             warnings.warn(
                 f"index {self.index.name!r} reaches a recall of {self.recall:.3f} at most on live"
                 f" queries, min_recall is {self.index.min_recall}: searching exactly from now on",
@@ -199,7 +230,8 @@ class Upkeep:
         if current is None or live > GROWN * self._built_rows:
             return True
         worn = current.absorbed > REPLACED * self._built_rows or current.stale() > STALE * live
-        return worn or self._imbalance > UNEVEN * self._built_imbalance
+        hard = current.setting.effort > STRAINED * self._built_effort
+        return worn or hard or self._imbalance > UNEVEN * self._built_imbalance
 
     def _rebuild_if_due(self) -> None:
         if self._rebuild_due():
@@ -231,7 +263,7 @@ class Upkeep:
             finally:
                 index.next = None
             self._built_at, self._built_imbalance = time.monotonic(), derived.imbalance()
-            self._imbalance = self._built_imbalance
+            self._imbalance, self._built_effort = self._built_imbalance, derived.setting.effort
             self.rebuilds += 1
 
     def _catch_up(self, derived: Derived) -> None:

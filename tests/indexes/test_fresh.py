@@ -196,6 +196,20 @@ def test_looks_harder_when_live_queries_are_not_served():
     assert index.stats()["recall"] >= 0.97
 
 
+def test_the_watch_looks_harder_between_checks():
+    queries = torch.randn(300, W, generator=torch.Generator().manual_seed(8))
+    index = make(min_recall=0.97)
+    index.search(queries, K)
+    tuned = index.stats()["effort"]
+    index.current.setting = index.current.setting._replace(effort=1)
+    for number in range(60):
+        index.current.absorbed += 1  # as if rows drifted
+        index.search(queries[number : number + 8], K)
+    assert tuned / 2 <= index.stats()["effort"] <= 16
+    assert index.stats()["recall"] > 0.97  # no check was due in between
+    assert agreement(index, queries) >= 0.95
+
+
 def test_a_floor_out_of_reach_ends_in_exact_search():
     with pytest.warns(UserWarning, match=r"'LSH' reaches a recall of 0\.\d+ at most"):
         index = make("LSH", rows=clustered(5000), min_recall=1.0)

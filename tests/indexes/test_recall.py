@@ -3,7 +3,16 @@ import torch
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.derived import Setting, ladder
 from sparsemem.indexes.metrics import Metric
-from sparsemem.indexes.recall import OF_A_BATCH, SAMPLE, QuerySample, recall, tune
+from sparsemem.indexes.recall import (
+    OF_A_BATCH,
+    SAMPLE,
+    WATCHED,
+    QuerySample,
+    Watch,
+    harder,
+    recall,
+    tune,
+)
 
 
 def found(scores, ids) -> Found:
@@ -64,3 +73,19 @@ def test_the_sample_keeps_the_latest_queries_of_every_place():
     assert int(kept.min()) >= 10 * (199 - SAMPLE // (OF_A_BATCH - 1))
     assert set((kept % 10).int().tolist()) == set(range(10))
     assert (sample.k, sample.seen) == (5, 2000)
+
+
+def test_the_watch_waits_for_enough_queries_and_starts_again():
+    watch = Watch()
+    assert [watch.add(0.5, alarm=0.9) for _ in range(WATCHED // 2)][-2:] == [None, 0.5]
+    assert watch.add(0.5, alarm=0.9) is None
+    watch = Watch()
+    assert all(watch.add(0.95, alarm=0.9) is None for _ in range(100))
+    assert [watch.add(0.0, alarm=0.9) for _ in range(2)][0] is None
+
+
+def test_harder_climbs_and_stops_at_the_limit():
+    assert harder(Setting(3, 2), 64, 1) == Setting(4, 2)
+    assert harder(Setting(3, 2), 64, 2) == Setting(6, 2)
+    assert harder(Setting(48, 1), 64, 5) == Setting(64, 1)
+    assert harder(Setting(64, 1), 64, 1) == Setting(64, 1)

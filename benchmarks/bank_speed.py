@@ -1,0 +1,219 @@
+"""What a bank costs over bare FAISS: python benchmarks/bank_speed.py (6 minutes; 8 GiB).
+
+1M x 64 clustered rows, IVF4096,Flat, 64 queries, top 8, one thread: a read, and a training step
+(read, backward, row optimiser, index update), against FAISS's own search and a gather of the
+rows that it found; exact search; and 10M x 32 rows on this machine. Writes bank_speed.json.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import torch
+import typer
+from clusters import clustered
+from common import machine
+from torch import Tensor
+
+from sparsemem import MemoryBank
+from sparsemem.indexes.kinds import to_faiss
+from sparsemem.indexes.metrics import Metric
+from sparsemem.optim import RowAdam, RowSGD
+
+QUERIES, TOP_K, FLOOR = 64, 8, 0.95
+REPETITIONS = 60
+
+
+def interleaved(work: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Milliseconds of each, taken in turns so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repetitions):
+        for name, function in work.items():
+            start = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """Median of the ratios within each turn."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def built(rows: Tensor, index: str) -> tuple[MemoryBank, float]:
+    """A bank with these rows, once its index is searched; and the seconds that took."""
+    start = time.perf_counter()
+    bank = MemoryBank(len(rows), rows.shape[1], index=index, min_recall=FLOOR)
+    bank.write(torch.arange(len(rows)), rows)
+    while bank.index.current is None:
+        time.sleep(0.05)
+    return bank, time.perf_counter() - start
+
+
+def bare(rows: Tensor, name: str) -> Any:
+    """A FAISS index as anybody would build it."""
+    index = faiss.index_factory(rows.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.cp.max_points_per_centroid = 6, 32  # as the bank's
+    vectors = to_faiss(rows, Metric.cosine)
+    index.train(vectors)
+    index.add(vectors)
+    return index
+
+
+def queries_near(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch of queries, each near a row."""
+    near = rows[torch.randint(len(rows), (QUERIES,), generator=generator)]
+    return near + 0.1 * torch.randn(near.shape, generator=generator)
+
+
+def training_step(bank: MemoryBank, optimiser: torch.optim.Optimizer, queries: Tensor) -> None:
+    """Read, backward, step; the step tells the index."""
+    optimiser.zero_grad()
+    hit = bank.read(queries, TOP_K)
+    (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum().backward()
+    optimiser.step()
+
+
+def recall(ids: Any, truth: Any) -> float:
+    """Share of the true ids that were found."""
+    hits = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), truth.tolist(), strict=True))
+    return hits / truth.size
+
+
+def one_million() -> dict[str, Any]:
+    """Read and training step against bare FAISS and against exact search."""
+    name, generator = "IVF4096,Flat", torch.Generator().manual_seed(5)
+    rows = clustered(1_000_000, 64)
+    bank, seconds = built(rows, name)
+    plain = bare(rows, name)
+    for _ in range(8):  # live queries, which the index is then tuned for
+        bank.read(queries_near(rows, generator), TOP_K)
+    time.sleep(5)
+    plain.nprobe = bank.stats()["effort"]
+    held: dict[str, Tensor] = {}
+
+    def search_and_gather() -> Tensor:
+        ids = plain.search(to_faiss(held["q"], Metric.cosine), TOP_K)[1]
+        return rows[torch.from_numpy(ids)]
+
+    def new_queries() -> None:
+        held["q"] = queries_near(rows, generator)
+
+    sgd, adam = RowSGD([bank.keys], lr=1e-3), RowAdam([bank.keys], lr=1e-4)
+    reads = interleaved(
+        {
+            "queries": new_queries,
+            "faiss_and_gather": search_and_gather,
+            "read": lambda: bank.read(held["q"], TOP_K),
+        },
+        REPETITIONS,
+    )
+    with torch.no_grad():
+        truth = bank.index.exact.search(held["q"], TOP_K).ids.numpy()
+        found = bank.read(held["q"], TOP_K).ids.numpy()
+        theirs = plain.search(to_faiss(held["q"], Metric.cosine), TOP_K)[1]
+    scans = interleaved(
+        {
+            "exact": lambda: bank.index.exact.search(held["q"], TOP_K),
+            "read": lambda: bank.read(held["q"], TOP_K),
+        },
+        7,
+    )
+    steps = interleaved(
+        {
+            "queries": new_queries,
+            "faiss_and_gather": search_and_gather,
+            "step_sgd": lambda: training_step(bank, sgd, held["q"]),
+            "step_adam": lambda: training_step(bank, adam, held["q"]),
+        },
+        3 * REPETITIONS,
+    )
+    result = {
+        "build_seconds": seconds,
+        "recall_of_read": recall(found, truth),
+        "recall_of_faiss": recall(theirs, truth),
+        "milliseconds": {
+            key: statistics.median(values) for t in (steps, scans, reads) for key, values in t.items()
+        },
+        "read_to_faiss_and_gather": ratio(reads, "read", "faiss_and_gather"),
+        "step_sgd_to_faiss_and_gather": ratio(steps, "step_sgd", "faiss_and_gather"),
+        "step_adam_to_faiss_and_gather": ratio(steps, "step_adam", "faiss_and_gather"),
+        "exact_to_read": ratio(scans, "exact", "read"),
+        "stats": bank.stats(),
+    }
+    bank.close()
+    return result
+
+
+def ten_million() -> dict[str, Any]:
+    """10M x 32 rows: time to build, to read, to train; peak memory."""
+    generator = torch.Generator().manual_seed(6)
+    rows = clustered(10_000_000, 32)
+    bank, seconds = built(rows, "IVF16384,Flat")
+    queries = [queries_near(rows, generator) for _ in range(40)]
+    del rows
+    turns = iter(queries * 10)
+    for _ in range(8):
+        bank.read(next(turns), TOP_K)
+    time.sleep(20)
+    sgd = RowSGD([bank.keys], lr=1e-3)
+    times = interleaved(
+        {
+            "read": lambda: bank.read(next(turns), TOP_K),
+            "step_sgd": lambda: training_step(bank, sgd, next(turns)),
+        },
+        REPETITIONS,
+    )
+    start = time.perf_counter()
+    truth = bank.index.exact.search(queries[0], TOP_K).ids.numpy()
+    exact_seconds = time.perf_counter() - start
+    found = bank.read(queries[0], TOP_K).ids.numpy()
+    result = {
+        "index": "IVF16384,Flat",
+        "build_seconds": seconds,
+        "recall_of_read": recall(found, truth),
+        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
+        "exact_milliseconds": exact_seconds * 1e3,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "rows_gib": bank.keys.nbytes / 2**30,
+        "stats": bank.stats(),
+    }
+    bank.close()
+    return result
+
+
+PARTS = {"1M x 64": one_million, "10M x 32": ten_million}
+
+
+def main(part: Annotated[str | None, typer.Option(help="One part only, as JSON.")] = None) -> None:
+    """Measure each part in a process of its own, and write the JSON beside this file."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    if part is not None:
+        print(json.dumps(PARTS[part]()))
+        return
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "setting": f"{QUERIES} queries, top {TOP_K}, min_recall {FLOOR}, cosine, float32",
+    }
+    for name in PARTS:
+        command = [sys.executable, __file__, "--part", name]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        result[name] = json.loads(output.splitlines()[-1])
+    text = json.dumps(result, indent=2)
+    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
