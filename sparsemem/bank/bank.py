@@ -5,8 +5,7 @@ Letters: N rows, W width of keys, V width of values, K rows read a query, n rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +22,13 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
-from sparsemem.bank.rows import gather
+from sparsemem.bank.rows import gather, gather_pairs
 from sparsemem.bank.store import RAM, RowStore
 from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
 POLICIES = ("tf-idf",)
+WHOLE = "their rows are all pairs of sub-keys and cannot be written, but write(ids, values=...) can"
 
 
 class Hit(NamedTuple):
@@ -56,7 +56,8 @@ class MemoryBank(RowStore):
         width: W.
         value_width: V. None: the keys are the values.
         index: how rows are found: "exact", a FAISS factory string such as "IVF4096,Flat", or
-            "product-key".
+            "product-key": `keys` are two lists of S sub-keys [2, S, W/2], of random numbers
+            N(0, 1/W), that make N = S^2 rows, all live; only values are written.
         metric: "cosine", "ip" (inner product) or "l2" (squared distance).
         min_recall: floor of the recall that a FAISS index holds while rows change; None: it is
             not tuned. The other kinds are exact.
@@ -69,7 +70,8 @@ class MemoryBank(RowStore):
         storage: "ram", or a new file that holds the tables, mapped into memory. The file is
             sparse: see to it that the disk has room for what will be written, as the system
             kills a process that writes beyond it.
-        initial: "empty", or "normal": all rows live, of N(0, 1/W), values of N(0, 1/V).
+        initial: "empty", or "normal": all rows live, of N(0, 1/W), values of N(0, 1/V). With
+            product keys "empty" means values of zero.
         seed: of those numbers.
         index_options: of the index's class, such as background=False (see `FreshIndex`).
     """
@@ -94,6 +96,8 @@ class MemoryBank(RowStore):
     ) -> None:
         if min_recall is not None:
             check_fraction("min_recall", min_recall)
+        if index == PRODUCT_KEY and value_width is None:
+            raise ValueError("value_width is None, expected a width: product keys are no values")
         if index not in (EXACT, PRODUCT_KEY):
             index_options["min_recall"] = min_recall
         if path is not None:
@@ -161,7 +165,7 @@ class MemoryBank(RowStore):
             flat = queries.reshape(-1, self.width).to(self.computing_dtype)
             with self.table.lock.read():
                 ids = self.index.search(flat, top_k).ids
-                rows = gather(self.keys, ids, self)
+                rows = self.gather(ids)
                 values = rows if self.values is None else gather(self.values, ids, self)
                 self._accessed(ids)
             scores = self.metric.scores(flat, rows).masked_fill(ids < 0, self.metric.missing)
@@ -174,6 +178,8 @@ class MemoryBank(RowStore):
     def gather(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S W"]:
         """Keys at ids (-1: zeros); differentiable. Not an access."""
         with self.table.lock.read():
+            if self.has_product_keys:
+                return gather_pairs(self.keys, ids, self.computing_dtype)
             return gather(self.keys, ids, self)
 
     def append(
@@ -197,6 +203,8 @@ class MemoryBank(RowStore):
             ttl: calls of the usage clock after this one in which they are still found; None or
                 0: forever.
         """
+        if self.has_product_keys:
+            raise ValueError(f"append is not for product keys: {WHOLE}")
         rows = check_table("rows", rows, None, self.width, self.keys)
         values = self._checked_values(values, len(rows))
         new_tags = check_tags(NO_TAG if tags is None else tags, len(rows), self.keys.device)
@@ -230,13 +238,15 @@ class MemoryBank(RowStore):
         if rows is None and values is None and tags is None and ttl is None:
             raise ValueError("nothing to write, expected rows, values, tags or ttl")
         if rows is not None:
+            if self.has_product_keys:
+                raise ValueError(f"rows is given, expected None with product keys: {WHOLE}")
             rows = check_table("rows", rows, len(ids), self.width, self.keys)
         values = self._checked_values(values, len(ids))
         new_tags = None if tags is None else check_tags(tags, len(ids), self.keys.device)
         if ttl is not None:
             check_size("ttl", ttl, 0)
         with self._changing():
-            if rows is None:
+            if rows is None and not self.has_product_keys:
                 check_live(ids, self.book.live, "expected rows to write there")
             now = self.book.tick()
             if new_tags is None:
@@ -295,8 +305,8 @@ class MemoryBank(RowStore):
         tf * log((B + 1) / (df + 1)): tf is its share of the accesses by reads outside the
         background since the last call of `select`, B the number of background batches (blocks
         of `background()`), df in how many of those it was accessed. The `top` rows with the
-        greatest scores, ties by id, are trainable from now on, also by backward passes of what
-        was read before. The usual order is: read, select, backward, step.
+        greatest scores (ties: more accesses, then lower id) are trainable from now on, also by
+        backward passes of what was read before. The usual order is: read, select, backward, step.
 
         Returns the ids of the rows selected, ascending: fewer than `top` if fewer trainable rows
         were read. `select(None)` makes all rows trainable again and returns None.
@@ -344,28 +354,6 @@ class MemoryBank(RowStore):
             str(self.width) if self.value_width is None else f"{self.width}, {self.value_width}"
         )
         return f"{self.num_rows}, {widths}, index={self.index_name!r}, metric={str(self.metric)!r}"
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Alone, without gradients, and with rows out that go at the next call."""
-        with torch.no_grad(), self.table.lock.write():
-            self._expire_before(self.book.now + 1)
-            yield
-
-    def _expire_before(self, time: int) -> None:
-        if self._expiries.next > time:
-            return
-        with torch.no_grad(), self.table.lock.write():
-            while self._expiries.next <= time:
-                ids = self._expiries.rows()
-                if len(ids):
-                    self._drop(ids)
-                self._expiries.advance()
-
-    def _accessed(self, ids: Tensor) -> None:
-        found = ids[ids >= 0]
-        self.book.accessed(found)
-        self._selection.accessed(found)
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
         if ids is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,7 +25,7 @@ FILLED_AT_ONCE = 2**20  # random numbers drawn at once
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """Zeros that take no memory before they are touched (on the CPU)."""
-    if device is None or torch.device(device).type == "cpu":
+    if math.prod(shape) and (device is None or torch.device(device).type == "cpu"):
         # numpy asks the system for zero pages; torch.zeros would write every one of them.
         data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
         return torch.from_numpy(data).view(dtype).view(shape)
@@ -49,15 +50,13 @@ def mapped_zeros(path: Path, shapes: list[tuple[int, ...]], dtype: torch.dtype) 
     return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def fill_normal(table: Float[Tensor, "N W"], generator: torch.Generator) -> None:
-    """Rows of expected length 1: N(0, 1/W), the same numbers whatever the dtype and device."""
-    count, width = table.shape
-    step = max(1, FILLED_AT_ONCE // width)
-    for start in range(0, count, step):
+def fill_normal(table: Float[Tensor, "n w"], generator: torch.Generator, deviation: float) -> None:
+    """Random numbers N(0, deviation^2), the same whatever the dtype and device."""
+    step = max(1, FILLED_AT_ONCE // table.shape[1])
+    for start in range(0, len(table), step):
         part = table[start : start + step]
-        part.copy_(
-            torch.randn(part.shape, generator=generator, dtype=torch.float32).mul_(width**-0.5)
-        )
+        numbers = torch.randn(part.shape, generator=generator, dtype=torch.float32)
+        part.copy_(numbers.mul_(deviation))
 
 
 class GatherRows(torch.autograd.Function):
@@ -69,7 +68,7 @@ class GatherRows(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
         rows = table.index_select(0, ids.flatten().clamp(min=0)).to(bank.computing_dtype)
-        return rows.view(*ids.shape, -1).masked_fill_((ids < 0).unsqueeze(-1), 0)
+        return rows.view(*ids.shape, rows.shape[1]).masked_fill_((ids < 0).unsqueeze(-1), 0)
 
     @staticmethod
     @once_differentiable
@@ -78,7 +77,7 @@ class GatherRows(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         flat = ids.flatten()
         kept = ctx.bank.is_trainable(flat, ctx.time)
-        flat, values = flat[kept], gradient.reshape(len(flat), -1)[kept]
+        flat, values = flat[kept], gradient.reshape(len(flat), ctx.shape[1])[kept]
         sparse = torch.sparse_coo_tensor(
             flat.unsqueeze(0), values, ctx.shape, check_invariants=False
         )
@@ -96,6 +95,19 @@ def gather(
     pass is another row: it gets no gradient from this one's.
     """
     return GatherRows.apply(table, ids, bank)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def gather_pairs(
+    subkeys: Float[Tensor, "2 S D"], ids: Int[Tensor, "*n"], dtype: torch.dtype
+) -> Float[Tensor, "*n W"]:
+    """Rows of product keys: n is sub-key n // S of the first half, then n % S; id -1: zeros.
+
+    Differentiable; the gradient of the sub-keys, which many rows share, is dense.
+    """
+    safe, size = ids.clamp(min=0), subkeys.shape[1]
+    first, second = subkeys.to(dtype)
+    halves = [F.embedding(safe // size, first), F.embedding(safe % size, second)]
+    return torch.cat(halves, -1).masked_fill((ids < 0).unsqueeze(-1), 0)
 
 
 def own(parameter: nn.Parameter, bank: MemoryBank) -> nn.Parameter:

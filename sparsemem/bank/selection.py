@@ -94,8 +94,9 @@ class Selection:
         self._book.batches += 1
 
     def select(self, top: int) -> Int[Tensor, " n"]:
-        """Mark the `top` rows of the batch with the greatest scores, ties by id; they, ascending.
+        """Mark the `top` rows of the batch with the greatest scores; they, ascending.
 
+        Ties go to rows with more accesses (without a background all scores are 0), then by id.
         Only rows that could be trained count: live and not frozen. Ends the batch.
         """
         book, counted = self._book, self._batch.counts()
@@ -105,7 +106,9 @@ class Selection:
         able = book.live.index_select(0, ids) & ~book.frozen.index_select(0, ids)
         ids, counts = ids[able], counts[able]
         scores = tf_idf(counts, total, int(book.batches), book.background.index_select(0, ids))
-        best = ids[scores.sort(descending=True, stable=True).indices[:top]].sort().values
+        order = counts.argsort(descending=True, stable=True)
+        order = order[scores[order].argsort(descending=True, stable=True)]
+        best = ids[order[:top]].sort().values
         book.selected.index_fill_(0, best, True)
         book.selection = best
         return best

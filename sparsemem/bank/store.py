@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,8 +23,9 @@ from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
 from sparsemem.checks import check_size, nearest
 from sparsemem.indexes.base import Index
-from sparsemem.indexes.factory import make_index
+from sparsemem.indexes.factory import PRODUCT_KEY, make_index
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.product_key import ProductTable, num_subkeys
 from sparsemem.indexes.table import RowTable
 
 RAM = "ram"
@@ -75,21 +77,28 @@ class RowStore(nn.Module):
         self.num_rows = check_size("num_rows", num_rows)
         self.width = check_size("width", width)
         self.value_width = None if value_width is None else check_size("value_width", value_width)
-        if metric not in list(Metric):
-            raise ValueError(f"metric is {metric!r}, {nearest(str(metric), Metric)}")
+        metrics = [str(known) for known in Metric]
+        if metric not in metrics:
+            raise ValueError(f"metric is {str(metric)!r}, {nearest(str(metric), metrics)}")
         if initial not in INITIAL:
             raise ValueError(f"initial is {initial!r}, {nearest(str(initial), INITIAL)}")
         self.metric = Metric(metric)
         self.index_name, self.index_options = index, index_options
         self._make_tables(check_dtype(dtype), device, storage)
         self.book = RowBook(num_rows, device)
-        if initial == "normal":
-            self._fill(check_size("seed", seed, 0))
+        check_size("seed", seed, 0)
+        if initial == "normal" or self.has_product_keys:
+            self._fill(initial, seed)
         self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
         self._warned = False
         self._listeners = weakref.WeakSet()
         self.journal = None
-        self._derive()
+        try:
+            self._derive()
+        except BaseException:  # a wrong option of the index
+            if storage != RAM:
+                Path(storage).unlink()
+            raise
         watch_optimisers()
 
     @property
@@ -107,8 +116,14 @@ class RowStore(nn.Module):
 
     @property
     def tables(self) -> list[nn.Parameter]:
-        """The parameters with a row an id."""
-        return [self.keys] if self.values is None else [self.keys, self.values]
+        """The parameters with a row an id: not product keys, where two sub-keys make a row."""
+        tables = [] if self.has_product_keys else [self.keys]
+        return tables if self.values is None else [*tables, self.values]
+
+    @property
+    def has_product_keys(self) -> bool:
+        """Whether `keys` are sub-keys [2, S, W/2]; row n is number n // S, then n % S."""
+        return self.index_name == PRODUCT_KEY
 
     @property
     def computing_dtype(self) -> torch.dtype:
@@ -145,10 +160,10 @@ class RowStore(nn.Module):
 
         Warns the first time: that costs O(N).
         """
-        if self.keys.data_ptr() != self.table.rows.data_ptr():
+        if not self._is_bound():
             self.rebind()
-        if self.keys._version == self._known_version:
-            return
+        if self.keys._version == self._known_version or self.has_product_keys:
+            return  # product keys are searched as they are
         with self.table.lock.read():  # not in the middle of an optimiser's step
             version = self.keys._version
         if version == self._known_version:
@@ -181,15 +196,41 @@ class RowStore(nn.Module):
         self._expiries.restart()
 
     def _derive(self) -> None:
-        for parameter in self.tables:
+        for parameter in self.parameters(recurse=False):
             own(parameter, self)  # type: ignore[arg-type]
         self._room = Room(self.book)
         self._expiries = ExpirySchedule(self.book)
         self._selection = Selection(self.book)
-        self.table = RowTable(self.keys.data, self.book.live)
+        if self.has_product_keys:
+            self.table = ProductTable(self.keys.data, ~self.book.live)
+        else:
+            self.table = RowTable(self.keys.data, self.book.live)
         with self.table.lock.write():
             self.index = make_index(self.index_name, self.table, self.metric, **self.index_options)
+        self._bound_to = self.keys.data_ptr(), self.keys.dtype
         self.note_version()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Alone, without gradients, and with rows out that go at the next call."""
+        with torch.no_grad(), self.table.lock.write():
+            self._expire_before(self.book.now + 1)
+            yield
+
+    def _expire_before(self, time: int) -> None:
+        if self._expiries.next > time:
+            return
+        with torch.no_grad(), self.table.lock.write():
+            while self._expiries.next <= time:
+                ids = self._expiries.rows()
+                if len(ids):
+                    self._drop(ids)
+                self._expiries.advance()
+
+    def _accessed(self, ids: Tensor) -> None:
+        found = ids[ids >= 0]
+        self.book.accessed(found)
+        self._selection.accessed(found)
 
     def _put(
         self,
@@ -212,6 +253,8 @@ class RowStore(nn.Module):
         self.book.enter(ids, tags, expiry)
         if rows is not None:
             self.table.put(ids, rows)
+        elif not self.book.live.index_select(0, ids).all():
+            self._set_live(ids, True)  # product keys: the sub-keys make the row
         if self.values is not None and values is not None:
             self.values.data.index_copy_(0, ids, values)
         if rows is not None or values is not None:
@@ -226,7 +269,7 @@ class RowStore(nn.Module):
         """Live rows are gone."""
         if self.journal is not None:
             self.journal.record(Kind.DROP, ids, {})
-        self.table.set_live(ids, False)
+        self._set_live(ids, False)
         self.book.clear(ids)
         self._room.removed(ids)
         self._forget(ids)
@@ -249,6 +292,10 @@ class RowStore(nn.Module):
         self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path
     ) -> None:
         shapes: list[tuple[int, ...]] = [(self.num_rows, self.width)]
+        if self.has_product_keys:
+            if self.width % 2:
+                raise ValueError(f"width is {self.width}, expected an even one: keys have halves")
+            shapes = [(2, num_subkeys(self.num_rows), self.width // 2)]
         if self.value_width is not None:
             shapes.append((self.num_rows, self.value_width))
         if storage == RAM:
@@ -260,20 +307,28 @@ class RowStore(nn.Module):
         self.keys = nn.Parameter(tables[0])
         self.values = nn.Parameter(tables[1]) if len(tables) > 1 else None
 
-    def _fill(self, seed: int) -> None:
+    def _fill(self, initial: str, seed: int) -> None:
+        """All rows are there from the start."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.tables:
-            fill_normal(parameter.data, generator)
+        fill_normal(self.keys.data.flatten(0, -2), generator, self.width**-0.5)
+        if self.values is not None and initial == "normal":
+            fill_normal(self.values.data, generator, self.values.shape[1] ** -0.5)
         self.book.live.fill_(True)
+
+    def _set_live(self, ids: Tensor, value: bool) -> None:
+        self.table.set_live(ids, value)
+        if self.has_product_keys:  # whose table has marks of its own
+            self.book.live.index_fill_(0, ids, value)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RowStore:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if (self.keys.data_ptr(), self.keys.dtype) != (
-            self.table.rows.data_ptr(),
-            self.table.rows.dtype,
-        ):
+        if not self._is_bound():
             self.rebind()
         return self
+
+    def _is_bound(self) -> bool:
+        """Whether the table still is where the keys are: they may have been moved or replaced."""
+        return (self.keys.data_ptr(), self.keys.dtype) == self._bound_to
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in DERIVED}
