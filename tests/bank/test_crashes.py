@@ -1,0 +1,314 @@
+"""Crashes, full disks, failing disks: nothing acknowledged is lost, nothing half is loaded."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparsemem import files
+from sparsemem.bank import MemoryBank, folder, journal
+from sparsemem.bank.errors import BankError, DamagedError
+from sparsemem.bank.recovery import verify_folder
+from tests.oracles.bank_state import NUM_ROWS, fill, names, new_bank, reopened, rows_of
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "write", "tags", "remove", "freeze", "unfreeze"]),
+        st.sets(st.integers(0, NUM_ROWS - 1), min_size=1, max_size=4).map(sorted),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def apply(bank, name, ids):
+    ids = torch.tensor(ids)
+    live = ids[bank.book.live[ids]]
+    if name == "append":
+        bank.unfreeze()
+        bank.append(torch.randn(len(ids), 3), torch.randn(len(ids), 2), tags=int(ids[0]))
+    elif name == "write":
+        bank.write(ids, torch.randn(len(ids), 3), ttl=int(ids[0]) or None)
+    elif name == "tags":
+        bank.write(live, tags=3, ttl=30)
+    elif name == "remove":
+        bank.remove(ids)
+    elif name == "freeze":
+        bank.freeze(live)
+    else:
+        bank.unfreeze(ids)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=OPERATIONS, after=OPERATIONS, data=st.data())
+def test_a_log_cut_off_anywhere_gives_a_prefix_of_the_operations(tmp_path, before, after, data):
+    path, cut = tmp_path / "bank", tmp_path / "cut"
+    shutil.rmtree(path, ignore_errors=True)
+    bank = new_bank(path)
+    for operation in before:
+        apply(bank, *operation)
+    bank.save()
+    log = path / "log-00000001"
+    states = []  # what the bank was when the log had a length
+    record = bank.journal.record
+
+    def noting(kind, ids, arrays):
+        states.append((log.stat().st_size, rows_of(bank)))
+        record(kind, ids, arrays)
+
+    bank.journal.record = noting
+    for operation in after:
+        apply(bank, *operation)
+    states.append((log.stat().st_size, rows_of(bank)))
+    bank.close()
+    for _ in range(6):
+        length = data.draw(st.integers(states[0][0], states[-1][0]))
+        shutil.rmtree(cut, ignore_errors=True)
+        shutil.copytree(path, cut)
+        os.truncate(cut / log.name, length)
+        end, expected = [state for state in states if state[0] <= length][-1]
+        if end == length:
+            loaded = MemoryBank.load(cut)
+        else:
+            message = f"{log.name} has a torn tail: the {length - end} bytes from byte {end} on"
+            with pytest.warns(UserWarning, match=message):
+                loaded = MemoryBank.load(cut)
+            assert (cut / log.name).stat().st_size == end
+        assert rows_of(loaded) == expected
+        loaded.append(torch.randn(1, 3))
+        assert rows_of(reopened(loaded, cut)) == rows_of(loaded)
+
+
+class Crashes:
+    """Copies a folder as a crash would leave it, at every call that has an effect on the disk.
+
+    With `power`, the machine fails: of a file, only what was waited for is there.
+    """
+
+    def __init__(self, monkeypatch, path, copies, power):
+        self.path, self.copies, self.power = path, copies, power
+        self.states = []
+        self.synced = {}
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "ftruncate"), (Path, "unlink")):
+            self.watch(monkeypatch, module, name)
+
+    def watch(self, monkeypatch, module, name):
+        real = getattr(module, name)
+
+        def watched(*arguments, **options):
+            self.crash(name)
+            result = real(*arguments, **options)
+            if name == "fsync":
+                status = os.fstat(arguments[0])
+                self.synced[status.st_ino] = status.st_size
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+
+    def crash(self, name):
+        if not self.path.exists():
+            return
+        copy = self.copies / f"{len(self.states)}-{name}"
+        shutil.copytree(self.path, copy)
+        for file in self.path.iterdir() if self.power else ():
+            length = self.synced.get(file.stat().st_ino, 0)
+            os.truncate(copy / file.name, min(length, (copy / file.name).stat().st_size))
+        self.states.append(copy)
+
+
+@pytest.mark.filterwarnings("ignore:.*torn tail")
+@pytest.mark.parametrize("power", [False, True])
+def test_a_crash_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch, small_shards, power):
+    path = tmp_path / "bank"
+    with monkeypatch.context() as patch:
+        crashes = Crashes(patch, path, tmp_path / "copies", power)
+        bank = fill(new_bank(path, sync=power))
+        bank.save()
+        bank.append(torch.randn(2, 3))
+        bank.remove(torch.tensor([3]))
+        expected = rows_of(bank)
+        start = len(crashes.states)
+        bank.save()
+        end = len(crashes.states)
+        bank.append(torch.randn(1, 3))
+    during = crashes.states[start:end]
+    assert len(during) > 12
+    for state in during:
+        loaded = MemoryBank.load(state)
+        assert rows_of(loaded) == expected, state
+        loaded.append(torch.randn(1, 3))
+        loaded.save()
+        assert rows_of(reopened(loaded, state)) == rows_of(loaded)
+    for state in crashes.states[end:]:
+        assert rows_of(MemoryBank.load(state)) in (expected, rows_of(bank))
+
+
+def fail_at(monkeypatch, module, name, number, code):
+    """Let one call of a function fail, counting from 0; returns how many there were."""
+    real, calls = getattr(module, name), []
+
+    def failing(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number + 1:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, failing)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "code"),
+    [
+        (os, "fsync", errno.EIO),
+        (os, "write", errno.ENOSPC),
+        (os, "replace", errno.EROFS),
+        (folder, "replace_file", errno.EACCES),
+    ],
+)
+def test_a_save_that_fails_anywhere_leaves_the_old_state_whole(
+    tmp_path, monkeypatch, small_shards, module, name, code
+):
+    number, failed = 0, True
+    while failed:
+        path = tmp_path / f"bank{number}"
+        bank = fill(new_bank(path))
+        bank.save()
+        bank.append(torch.randn(2, 3))
+        with monkeypatch.context() as patch:
+            failed = len(fail_at(patch, module, name, number, code)) > number
+            try:
+                bank.save()
+            except BankError as error:
+                assert os.strerror(code) in str(error)  # noqa: PT017
+                failed = True
+        shutil.copytree(path, tmp_path / f"copy{number}")
+        assert rows_of(MemoryBank.load(tmp_path / f"copy{number}")) == rows_of(bank)
+        bank.append(torch.randn(1, 3))  # still durable
+        shutil.copytree(path, tmp_path / f"after{number}")
+        assert rows_of(MemoryBank.load(tmp_path / f"after{number}")) == rows_of(bank)
+        bank.save()
+        assert rows_of(reopened(bank, path)) == rows_of(bank)
+        number += 1
+    assert number > 1
+
+
+def test_a_failed_save_gives_back_its_room(tmp_path, monkeypatch, small_shards):
+    bank = fill(new_bank(tmp_path / "bank"))
+    bank.save()
+    before = names(tmp_path / "bank")
+    bank.append(torch.randn(6, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(BankError, match=r"cannot write to .*bank: full; what it held before"):
+            bank.save()
+    assert names(tmp_path / "bank") == sorted([*before, "log-00000002"])
+
+
+def test_a_full_disk_refuses_a_write_and_changes_nothing(tmp_path, monkeypatch):
+    bank = fill(new_bank(tmp_path / "bank"))
+    expected = rows_of(bank)
+    for write in (
+        lambda: bank.append(torch.randn(1, 3)),
+        lambda: bank.write(torch.tensor([0]), torch.randn(1, 3)),
+        lambda: bank.remove(torch.tensor([0])),
+        lambda: bank.freeze(torch.tensor([0])),
+    ):
+        with monkeypatch.context() as patch:
+            fail_at(patch, journal.os, "write", 0, errno.ENOSPC)
+            with pytest.raises(BankError, match="log-00000000: No space left on device; the bank"):
+                write()
+        assert rows_of(bank) == expected
+    assert bank.read(torch.tensor(expected[0][0])[None], 1).ids.tolist() == [[0]]
+    assert rows_of(reopened(bank, tmp_path / "bank")) == expected
+
+
+def test_a_file_size_limit_is_a_full_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    bank = new_bank(tmp_path / "bank", num_rows=200_000)
+    bank.append(torch.randn(2, 3))
+    expected = rows_of(bank)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(BankError, match=r"cannot write to .*log-00000000: File too large"):
+            bank.append(torch.randn(100_000, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert rows_of(bank) == expected
+    bank.append(torch.randn(2, 3))
+    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_read_only_folder_is_an_error(tmp_path):
+    bank = fill(new_bank(tmp_path / "bank"))
+    (tmp_path / "bank").chmod(0o500)
+    try:
+        with pytest.raises(BankError, match="Permission denied"):
+            bank.save()
+    finally:
+        (tmp_path / "bank").chmod(0o700)
+    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path, monkeypatch):
+    fill(new_bank(tmp_path / "bank")).close()
+    fail_at(monkeypatch, os, "open", 0, errno.EROFS)
+    with pytest.raises(BankError, match=r"cannot open .*lock: Read-only file system"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_snapshot_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    bank = fill(new_bank())
+    with monkeypatch.context() as patch:
+        fail_at(patch, files.os, "replace", 0, errno.ENOSPC)
+        with pytest.raises(BankError, match=r"cannot write to .*saved: No space left"):
+            bank.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+    bank.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("table", ["keys", "values"])
+def test_rows_that_are_no_numbers_are_not_saved(tmp_path, table):
+    bank = fill(new_bank(tmp_path / "bank"))
+    bank.save()
+    with torch.no_grad():
+        getattr(bank, table)[3, 1] = torch.nan
+    for save in (bank.save, lambda: bank.save(tmp_path / "saved")):
+        with pytest.raises(
+            BankError, match=f"the bank cannot be saved: {table} of row 3 hold NaN or infinity"
+        ):
+            save()
+    assert not (tmp_path / "saved").exists()
+    bank.write(torch.tensor([3]), torch.ones(1, 3), torch.ones(1, 2))
+    bank.save()
+    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
+def test_logs_must_go_on_from_one_another(tmp_path, monkeypatch):
+    bank = new_bank(tmp_path / "bank")
+    bank.append(torch.randn(1, 3))
+    with monkeypatch.context() as patch:
+        fail_at(patch, folder, "replace_file", 0, errno.ENOSPC)
+        with pytest.raises(BankError):
+            bank.save()
+    bank.append(torch.randn(1, 3))
+    bank.close()
+    first, second = (tmp_path / "bank" / f"log-0000000{number}" for number in range(2))
+    assert verify_folder(tmp_path / "bank").operations == 2
+    size = first.stat().st_size
+    os.truncate(first, size - 1)
+    with (
+        pytest.warns(UserWarning, match="log-00000000 has a torn tail"),
+        pytest.raises(DamagedError, match="log-00000001: the record at byte 0: it has number 2"),
+    ):
+        MemoryBank.load(tmp_path / "bank")
+    second.unlink()
+    with pytest.warns(UserWarning, match=r"log-00000000 has a torn tail"):
+        assert len(rows_of(MemoryBank.load(tmp_path / "bank"))) == 0
