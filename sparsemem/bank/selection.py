@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.bank.book import RowBook
+from sparsemem.bank.rows import zeros
 
-PENDING = 2**16  # ids kept as they come, before they are counted
+PENDING = 2**16  # ids kept as they come, at least
+SHARE = 64  # of the rows, one in so many, at most
 
 
 def tf_idf(
@@ -32,36 +34,46 @@ def tf_idf(
 
 
 class Tally:
-    """How often each id was seen, in memory that follows the number of distinct ids."""
+    """How often each row was seen: O(1) an id.
 
-    def __init__(self) -> None:
+    Ids are kept as they come. When there are many they are added up in a table of all rows, which
+    is lazily zero; looking through that later costs O(SHARE) for each id that was added.
+    """
+
+    def __init__(self, num_rows: int) -> None:
         self._lock = threading.Lock()
+        self._num_rows = num_rows
         self._pending: list[Tensor] = []
         self._size = 0
-        self._counted: tuple[Tensor, Tensor] | None = None
+        self._table: Tensor | None = None
 
     def add(self, ids: Int[Tensor, " n"]) -> None:
         """Count ids, repeats as often."""
         with self._lock:
             self._pending.append(ids)
             self._size += len(ids)
-            if self._size > max(PENDING, 0 if self._counted is None else len(self._counted[0])):
-                self._count()
+            if self._size > max(PENDING, self._num_rows // SHARE):
+                self._add_up()
 
     def counts(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]] | None:
         """Distinct ids in ascending order, and how often each was seen. None: no id was."""
         with self._lock:
-            if self._size:
-                self._count()
-            return self._counted
+            if self._table is None:
+                if not self._pending:
+                    return None
+                ids, counts = torch.unique(torch.cat(self._pending), return_counts=True)
+                return ids, counts
+            self._add_up()
+            ids = self._table.nonzero().squeeze(1)
+            return ids, self._table.index_select(0, ids)
 
-    def _count(self) -> None:
+    def _add_up(self) -> None:
+        if not self._pending:
+            return
         ids = torch.cat(self._pending)
-        counts = torch.ones_like(ids)
-        if self._counted is not None:
-            ids, counts = torch.cat([self._counted[0], ids]), torch.cat([self._counted[1], counts])
-        distinct, place = torch.unique(ids, return_inverse=True)
-        self._counted = distinct, torch.zeros_like(distinct).index_add_(0, place, counts)
+        if self._table is None:
+            self._table = zeros(self._num_rows, dtype=torch.int64, device=ids.device)
+        self._table.index_add_(0, ids, torch.ones_like(ids))
         self._pending, self._size = [], 0
 
 
@@ -70,7 +82,7 @@ class Selection:
 
     def __init__(self, book: RowBook) -> None:
         self._book = book
-        self._batch = Tally()  # reads since the last selection
+        self._batch = Tally(len(self._book.live))  # reads since the last selection
         self._background: Tally | None = None  # reads of the background batch that is open
 
     def accessed(self, ids: Int[Tensor, " n"]) -> None:
@@ -82,7 +94,7 @@ class Selection:
         """Reads inside are one batch of the background; none if the block raises."""
         if self._background is not None:
             raise RuntimeError("a background batch is open already: they cannot be nested")
-        tally = self._background = Tally()
+        tally = self._background = Tally(len(self._book.live))
         try:
             yield
         finally:
@@ -119,4 +131,4 @@ class Selection:
         if book.selection is not None:
             book.selected.index_fill_(0, book.selection, False)
         book.selection = None
-        self._batch = Tally()
+        self._batch = Tally(len(self._book.live))
