@@ -118,6 +118,25 @@ def test_layers_share_a_bank():
     assert not torch.allclose(together, bank.values.grad.to_dense())  # the first layer's share
 
 
+def test_product_keys():
+    """All pairs of sub-keys as keys, by hand; the best of them only in a large table."""
+    bank = MemoryBank(
+        16, W, V, index="product-key", metric="ip", initial="normal", dtype=torch.float64
+    )
+    layer, input = MemoryLayer(D, bank, 2, 16).double(), torch.randn(1, 2, D, dtype=torch.float64)
+    first, second = bank.keys.detach()
+    keys = torch.stack([torch.cat([a, b]) for a in first for b in second])
+    scores = layer.queries(input) @ keys.mT  # temperature 1
+    read = (scores.softmax(-1) @ bank.values).sum(2)
+    expected = layer.out(F.silu(layer.gate(input)) * read)
+    torch.testing.assert_close(layer(input), expected, rtol=0, atol=1e-11)
+    layer.top_k = 3
+    layer(input).sum().backward()
+    best = scores.topk(3).indices.unique()
+    assert torch.equal(bank.values.grad.coalesce().indices()[0], best)
+    assert bank.keys.grad.shape == (2, 4, 2)
+
+
 def test_keys_can_be_the_values():
     layer = MemoryLayer(D, bank_of(value_width=None), 2, N).double()
     input = torch.randn(1, 2, D, dtype=torch.float64)
