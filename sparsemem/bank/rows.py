@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -26,9 +27,12 @@ FILLED_AT_ONCE = 2**20  # random numbers drawn at once
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """Zeros that take no memory before they are touched (on the CPU)."""
     if math.prod(shape) and (device is None or torch.device(device).type == "cpu"):
-        # numpy asks the system for zero pages; torch.zeros would write every one of them.
-        data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-        return torch.from_numpy(data).view(dtype).view(shape)
+        # Zero pages from the system, and small ones: torch.zeros would write every one of them,
+        # and of those that numpy asks for (2 MB each) a few hundred scattered rows take 1 GB.
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -110,13 +114,28 @@ def gather_pairs(
     return torch.cat(halves, -1).masked_fill((ids < 0).unsqueeze(-1), 0)
 
 
+class Owner:
+    """A parameter's bank, which it does not keep alive; a pickled one knows of none."""
+
+    def __init__(self, bank: MemoryBank | None = None) -> None:
+        self._reference = None if bank is None else weakref.ref(bank)
+
+    @property
+    def bank(self) -> MemoryBank | None:
+        """The bank, while it is there."""
+        return None if self._reference is None else self._reference()
+
+    def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
+        return Owner, ()
+
+
 def own(parameter: nn.Parameter, bank: MemoryBank) -> nn.Parameter:
     """Mark a parameter as a table of `bank`, for optimisers to find."""
-    parameter.memory_bank = weakref.ref(bank)  # type: ignore[attr-defined]
+    parameter.memory_bank = Owner(bank)  # type: ignore[attr-defined]
     return parameter
 
 
 def bank_of(parameter: Tensor) -> MemoryBank | None:
     """The bank whose rows a parameter holds, or None."""
-    reference = getattr(parameter, "memory_bank", None)
-    return None if reference is None else reference()
+    owner: Owner | None = getattr(parameter, "memory_bank", None)
+    return None if owner is None else owner.bank

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import warnings
 
 import pytest
@@ -198,6 +199,14 @@ def test_a_copy_is_a_bank_of_its_own(options):
     assert not (bank.keys == 50).any()
     again.remove(torch.tensor([4]))
     assert (again.stats()["num_live"], bank.stats()["num_live"]) == (29, 30)
+
+
+def test_a_bank_survives_pickling(bank):
+    bank.freeze(torch.tensor([2]))
+    again = pickle.loads(pickle.dumps(torch.nn.ModuleList([bank])))[0]
+    assert bank_of(again.keys) is bank_of(again.values) is again
+    assert again.stats() == bank.stats()
+    assert_reads_alike(bank, again, rows_of(5, 4, seed=9))
 
 
 @pytest.mark.parametrize("assign", [False, True])
