@@ -22,6 +22,9 @@ OPERATIONS = ("update", "touch", "remove", "rebuild", "refused", "failure", "res
 GRID = (-1.0, 0.0, 0.0, 0.5, 1.0)
 
 
+LARGE_BUFFER = 1000  # takes all changed rows of a sequence
+
+
 class Kind(NamedTuple):
     """A kind of index, and what it promises beyond the contract."""
 
@@ -29,10 +32,23 @@ class Kind(NamedTuple):
     exact: bool = False
     exhaustive: bool = False  # scores as good as exact search's, though ties may fall otherwise
     metrics: tuple[Metric, ...] = tuple(Metric)
-    options: tuple[tuple[str, Any], ...] = ()
+    fresh: bool = True  # a FAISS kind, kept true by a `FreshIndex`
 
-    def index(self, table: RowTable, metric: Metric) -> Any:
-        return make_index(self.name, table, metric, **dict(self.options))
+    def index(self, table: RowTable, metric: Metric, manner: Manner) -> Any:
+        """Built from the first row on, not tuned, and looked after in the calling thread."""
+        options: dict[str, Any] = {}
+        if self.fresh:
+            options = {"background": False, "exact_below": 1, "min_recall": None}
+            options["buffer_rows"] = manner.buffer_rows
+        return make_index(self.name, table, metric, **options)
+
+
+class Manner(NamedTuple):
+    """How a sequence begins, and how a FAISS kind is looked after while it lasts."""
+
+    filled: int  # rows that are there at first
+    buffer_rows: int
+    steady: bool  # lists are trained anew only when asked for
 
 
 class RowDictionary(dict[int, list[float]]):
@@ -82,11 +98,11 @@ class Work:
 
     num_rows, width = 40, 4
 
-    def __init__(self, kind: Kind, metric: Metric, dtype: torch.dtype, filled: int) -> None:
-        self.kind, self.metric, self.dtype = kind, metric, dtype
+    def __init__(self, kind: Kind, metric: Metric, dtype: torch.dtype, manner: Manner) -> None:
+        self.kind, self.metric, self.dtype, self.manner = kind, metric, dtype, manner
         self.rows = RowDictionary()
-        self.fresh: set[int] = set()  # changed since the index was last built
-        self.table = self.make_table(filled)
+        self.fresh: set[int] = set()  # changed since the index was last built, not absorbed
+        self.table = self.make_table(manner.filled)
         self.restart(Random(0))
 
     def make_table(self, filled: int) -> RowTable:
@@ -103,7 +119,7 @@ class Work:
         random = Random(seed)
         built = self.builds()
         getattr(self, operation)(random)
-        if self.builds() != built:
+        if self.builds() != built or self.manner.buffer_rows < LARGE_BUFFER:
             self.fresh.clear()
         self.search(random)
 
@@ -175,7 +191,7 @@ class Work:
 
     def restart(self, random: Random) -> None:
         """A new index of the same table."""
-        self.index = self.kind.index(self.table, self.metric)
+        self.index = self.kind.index(self.table, self.metric, self.manner)
         self.fresh.clear()
 
     def search(self, random: Random) -> None:
