@@ -19,7 +19,9 @@ from sparsemem.bank.folder import check_new_place, create_folder
 from sparsemem.bank.manifest import Arguments
 from sparsemem.bank.recovery import open_folder, read_bank
 from sparsemem.bank.store import RAM
+from sparsemem.checks import check_size
 from sparsemem.files import new_file
+from sparsemem.indexes.base import check_ids
 from sparsemem.indexes.factory import EXACT
 from sparsemem.indexes.kinds import faiss_module, new_faiss_index
 from sparsemem.indexes.metrics import Metric, inverse_norm
@@ -51,10 +53,16 @@ def from_rows(
     """
     if path is not None:
         check_new_place(path)
+    for name, tensor in (("rows", rows), ("values", values)):
+        if tensor is not None and (tensor.ndim != 2 or len(tensor) != len(rows)):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{len(rows)}, *]")
     if ids is None:
         ids = torch.arange(len(rows))
+    elif len(ids) != len(rows):
+        raise ValueError(f"ids has {len(ids)} entries, expected {len(rows)}, one for each row")
     if num_rows is None:
         num_rows = max(1, int(ids.max()) + 1) if len(ids) else 1
+    check_ids(ids, check_size("num_rows", num_rows))
     value_width = None if values is None else values.shape[1]
     bank = MemoryBank(num_rows, rows.shape[1], value_width, **{"dtype": rows.dtype, **options})
     for start in range(0, len(rows), CHUNK):
