@@ -42,6 +42,7 @@ class RowAdagrad(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
+        super()._check(options)
         check_range("lr", options["lr"], 0.0)
         check_range("weight_decay", options["weight_decay"], 0.0)
         check_above_zero("eps", options["eps"])

@@ -55,6 +55,7 @@ class RowAdam(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
+        super()._check(options)
         check_range("lr", options["lr"], 0.0)
         check_betas(options["betas"])
         check_above_zero("eps", options["eps"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, cast
 
@@ -58,9 +58,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, params: ParamsT, options: Options) -> None:
         super().__init__(params, options)
 
-    @abstractmethod
     def _check(self, options: Options) -> None:
         """Refuse bad options of a parameter group, naming the first."""
+        if options["rounding_seed"] is not None:
+            check_size("rounding_seed", options["rounding_seed"], 0)
 
     @abstractmethod
     def _zero_state(self, parameter: Tensor, by_row: bool, options: Options) -> State:
@@ -76,10 +77,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def add_param_group(self, param_group: Options) -> None:
         """Add parameters with options of their own; as torch's, with the options checked."""
-        options = {**self.defaults, **param_group}
-        self._check(options)
-        if options["rounding_seed"] is not None:
-            check_size("rounding_seed", options["rounding_seed"], 0)
+        self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             bank = bank_of(parameter)
@@ -93,23 +91,18 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        changes = [
-            make_change(name, parameter, group)
-            for name, parameter, group in self._named()
-            if parameter.grad is not None
-        ]
-        check_gradients(changes)
-        for group in self.param_groups:
-            if group["rounding_seed"] is not None:
-                group["steps"] = group.get("steps", 0) + 1
-        by_bank: dict[MemoryBank | None, list[Change]] = {}
-        for change in changes:
-            by_bank.setdefault(bank_of(change.parameter), []).append(change)
-        for bank, own in by_bank.items():
-            # Keys and values of a bank at once: who reads sees both as they were, or both new.
-            with nullcontext() if bank is None else bank.table.lock.write():
-                for change in own:
-                    self._apply(change, bank)
+        with self._banks_locked():
+            changes = [make_change(*named) for named in self._named() if named[1].grad is not None]
+            check_gradients(changes)
+            for group in self.param_groups:
+                if group["rounding_seed"] is not None:
+                    group["steps"] = group.get("steps", 0) + 1
+            for change in changes:
+                if (bank := bank_of(change.parameter)) is not None:
+                    self._step_bank(change, bank)
+        for change in changes:  # nobody needs to wait for these
+            if bank_of(change.parameter) is None:
+                self._step(change, change.ids, change.gradient)
         return loss
 
     def forget(self, parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
@@ -159,19 +152,38 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             f" for {list(parameter.shape)}"
         )
 
-    def _apply(self, change: Change, bank: MemoryBank | None) -> None:
+    @contextmanager
+    def _banks_locked(self) -> Iterator[None]:
+        """All at once, so that who reads a bank sees no half of a step; in an order that all keep.
+
+        From before the gradients are looked at: until then a bank may take rows out of them.
+        """
+        parameters = (parameter for _, parameter, _ in self._named())
+        banks = {bank_of(parameter) for parameter in parameters if parameter.grad is not None}
+        with ExitStack() as locks:
+            for bank in sorted((bank for bank in banks if bank is not None), key=id):
+                locks.enter_context(bank.table.lock.write())
+            yield
+
+    def _step_bank(self, change: Change, bank: MemoryBank) -> None:
         ids, gradient = change.ids, change.gradient
-        if bank is not None and is_table(change.parameter):
-            if ids is None:
-                ids = torch.arange(len(gradient), device=gradient.device)
-            kept = bank.is_trainable(ids)
-            if not kept.all():
-                ids, gradient = ids[kept], gradient[kept]
+        if not is_table(change.parameter):  # sub-keys of product keys
+            self._step(change, ids, gradient)
+            return
+        if ids is None:
+            ids = torch.arange(len(gradient), device=gradient.device)
+        kept = bank.is_trainable(ids)
+        if not kept.all():
+            ids, gradient = ids[kept], gradient[kept]
+        self._step(change, ids, gradient)
+        if len(ids):
+            tell(change.parameter, ids)
+
+    def _step(self, change: Change, ids: Tensor | None, gradient: Tensor) -> None:
         if ids is None:
             self._step_whole(change)
         elif len(ids):
             self._step_rows(change, ids, gradient)
-            tell(change.parameter, ids)
 
     def _step_rows(self, change: Change, ids: Tensor, gradient: Tensor) -> None:
         parameter = change.parameter

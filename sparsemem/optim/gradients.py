@@ -32,6 +32,8 @@ def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change
     """
     gradient, dtype = parameter.grad, computing_dtype(parameter)
     assert gradient is not None
+    if parameter.is_complex():
+        raise TypeError(f"{name} is {parameter.dtype}, expected a real dtype")
     if gradient.layout == torch.strided:
         return Change(name, parameter, options, None, gradient.to(dtype))
     if gradient.layout != torch.sparse_coo or gradient.sparse_dim() != 1:

@@ -46,6 +46,7 @@ class RowSGD(RowOptimizer):
         super().__init__(params, options)
 
     def _check(self, options: Options) -> None:
+        super()._check(options)
         check_range("lr", options["lr"], 0.0)
         check_range("momentum", options["momentum"], 0.0, 1.0)
         check_range("weight_decay", options["weight_decay"], 0.0)

@@ -27,6 +27,11 @@ def test_bfloat16_entries_add_up_in_float32():
     assert made.gradient.tolist() == [[258.0]]
 
 
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"table is torch\.complex64, expected a real dtype"):
+        change(torch.ones(2, dtype=torch.complex64), torch.complex64)
+
+
 def test_a_finite_gradient_whose_sum_overflows_is_fine():
     huge = torch.full((2, 2), 3e38)
     check_gradients([change(huge), change(sparse([1, 2], huge, 4))])

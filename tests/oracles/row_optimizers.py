@@ -6,8 +6,11 @@ So a row that is skipped is one whose optimiser is not stepped: that is what "la
 import torch
 from torch import nn
 
+from sparsemem import MemoryBank
 from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
 
+N, W = 12, 5  # rows of a small table, and their width
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 # Each with options that are not the default ones, and torch's optimiser of the same equations.
 CASES = {
     "sgd": (RowSGD, torch.optim.SGD, {"lr": 0.1}),
@@ -65,3 +68,18 @@ def sparse(ids: list[int], values: torch.Tensor, num_rows: int) -> torch.Tensor:
         (num_rows, *values.shape[1:]),
         check_invariants=True,
     )
+
+
+def make(kind, parameters, **more):
+    optimiser, _, options = CASES[kind]
+    return optimiser(parameters, **{**options, **more})
+
+
+def table(num_rows=N, width=W, dtype=torch.float64):
+    return nn.Parameter(torch.randn(num_rows, width, dtype=dtype))
+
+
+def make_bank(num_rows=N, dtype=torch.float64, **options):
+    bank = MemoryBank(num_rows, W, dtype=dtype, **options)
+    bank.append(torch.randn(num_rows, W, dtype=dtype))
+    return bank
