@@ -99,6 +99,7 @@ class BankStore(EpisodeStore):
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """Positions of the k best of touched rows, live rows of the bank and free slots."""
+        self.bank.refresh()
         self.load()
         queries = queries.nan_to_num(0, 0, 0)  # a diverged network is the training loop's to report
         units = queries * inverse_norm(queries).unsqueeze(-1)

@@ -26,37 +26,40 @@ steps = st.lists(st.lists(entry, min_size=3, max_size=3), min_size=1, max_size=2
 
 
 @settings(max_examples=100, deadline=None)
-@given(steps, st.integers(1, 3))
-def test_equal_the_dense_equations(history, num_links):
+@given(steps, st.integers(1, 3), st.none() | st.permutations(range(SLOTS)))
+def test_equal_the_dense_equations(history, num_links, slots):
+    """Also where positions are not slots: position i stands for slots[i], and ties go by slot."""
     links = TemporalLinks.start(1, 1, num_links, torch.empty(0, dtype=torch.float64))
     links.reserve(SLOTS)
+    slot_table = slots if slots is None else torch.tensor([slots])
+    of = torch.arange(SLOTS) if slots is None else torch.tensor(slots)
     n, p = torch.zeros(2, SLOTS, SLOTS, dtype=torch.float64)
     precedence = torch.zeros(SLOTS, dtype=torch.float64)
     for step in history:
         ids = torch.tensor([[[slot for slot, _ in step]]])
         weights = torch.tensor([[[weight for _, weight in step]]], dtype=torch.float64)
         w = dense(ids, weights)[0, 0]
-        links.update(Entries(ids, weights), SLOTS)
+        links.update(Entries(of.argsort()[ids], weights), SLOTS, slot_table)
         n = keep_largest((1 - w)[:, None] * n + w[:, None] * precedence[None], num_links)
         p = keep_largest((1 - w)[None] * p + w[None] * precedence[:, None], num_links)
         precedence = keep_largest((1 - w.sum()) * precedence + w, num_links)
-        torch.testing.assert_close(table(links.follows), n, rtol=0, atol=1e-14)
-        torch.testing.assert_close(table(links.precedes), p, rtol=0, atol=1e-14)
+        torch.testing.assert_close(table(links.follows), n[of][:, of], rtol=0, atol=1e-14)
+        torch.testing.assert_close(table(links.precedes), p[of][:, of], rtol=0, atol=1e-14)
         torch.testing.assert_close(
-            scattered(links.precedence, SLOTS)[0, 0], precedence, rtol=0, atol=1e-14
+            scattered(links.precedence, SLOTS)[0, 0], precedence[of], rtol=0, atol=1e-14
         )
-        check_follow(links, links.follows, n)
-        check_follow(links, links.precedes, p)
+        check_follow(links, links.follows, n, slot_table, of)
+        check_follow(links, links.precedes, p, slot_table, of)
 
 
-def check_follow(links, links_table, matrix):
-    read = Entries(
-        torch.tensor([[[4, 1, 4]]]), torch.tensor([[[0.5, 0.25, 0.125]]], dtype=torch.float64)
-    )
-    found = links.follow(links_table, read, 2, SLOTS)
-    weights = (found.weights_of @ read.weights.unsqueeze(-1)).squeeze(-1)
-    expected = keep_largest(matrix @ scattered(read, SLOTS)[0, 0], 2)
-    torch.testing.assert_close(dense(found.ids, weights)[0, 0], expected, rtol=0, atol=1e-14)
+def check_follow(links, links_table, matrix, slot_table, of):
+    weights = torch.tensor([[[0.5, 0.25, 0.125]]], dtype=torch.float64)
+    slots = torch.tensor([[[4, 1, 4]]])
+    read = Entries(of.argsort()[slots], weights)
+    found = links.follow(links_table, read, 2, SLOTS, slot_table)
+    followed = (found.weights_of @ read.weights.unsqueeze(-1)).squeeze(-1)
+    expected = keep_largest(matrix @ dense(slots, weights)[0, 0], 2)
+    torch.testing.assert_close(dense(of[found.ids], followed)[0, 0], expected, rtol=0, atol=1e-14)
 
 
 def test_forward_and_backward_walk_the_order_of_writing():
