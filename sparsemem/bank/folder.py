@@ -233,8 +233,7 @@ def _check_dtype(bank: RowStore, arguments: Arguments) -> None:
 
 def _state(bank: RowStore) -> tuple[Any, ...]:
     """What tells that tables were changed by somebody who may not have said so."""
-    tables = [table for table in (bank.keys, bank.values) if table is not None]
-    return tuple((table._version, table.dtype, table.data_ptr()) for table in tables)
+    return tuple((table._version, table.dtype, table.data_ptr()) for table in bank.tables)
 
 
 def _absolute(path: str | Path) -> Path:

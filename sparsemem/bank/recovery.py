@@ -24,6 +24,7 @@ from sparsemem.bank.shards import (
     check_fields,
     check_numbers,
     column,
+    put_live,
     put_rows,
     read_keys,
     read_shard,
@@ -103,9 +104,7 @@ def read_bank(
     book = bank.book
     with torch.no_grad():
         for shard in manifest.rows:
-            tensors = read_shard(path, shard, layout, layout.rows)
-            put_rows(bank, tensors)
-            book.live.index_fill_(0, tensors["ids"].to(book.live.device), True)
+            put_live(bank, shard, read_shard(path, shard, layout, layout.rows))
         for shard in manifest.usage:
             put_rows(bank, read_shard(path, shard, layout, layout.usage))
         if manifest.keys is not None:

@@ -19,7 +19,7 @@ from sparsemem.bank.shards import Layout, check_numbers, column, take_rows, take
 from sparsemem.bank.store import RowStore
 from sparsemem.files import sync_folder, write_synced
 
-Take = Callable[[RowStore, Layout, int], dict[str, Tensor]]
+Take = Callable[[RowStore, Layout, int], dict[str, Tensor] | None]
 
 
 def start_manifest(bank: RowStore, *, durable: bool, sync: bool) -> Manifest:
@@ -69,7 +69,7 @@ def write_files(
             with bank.table.lock.read():
                 tensors = take(bank, layout, number)
             before = shards.pop(number, None)
-            if len(tensors["ids"]):
+            if tensors is not None:
                 file = f"{name}-{number:05d}-{start.save:08d}.safetensors"
                 shards[number] = _write_shard(folder, file, number, tensors, before)
         return [shards[number] for number in sorted(shards)]

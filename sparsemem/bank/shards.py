@@ -67,17 +67,31 @@ def _dtype(arguments: Arguments) -> torch.dtype:
     return getattr(torch, arguments.dtype)  # type: ignore[no-any-return]
 
 
-def take_rows(bank: RowStore, layout: Layout, number: int) -> dict[str, Tensor]:
-    """Copies of a shard's live rows and of what is known of them."""
+def take_rows(bank: RowStore, layout: Layout, number: int) -> dict[str, Tensor] | None:
+    """Copies of a shard's live rows and of what is known of them; None: as in a new bank."""
     part = slice(number * SHARD_ROWS, (number + 1) * SHARD_ROWS)
-    return _take(bank, bank.book.live[part].nonzero().squeeze(1) + part.start, layout.rows)
+    live = bank.book.live[part]
+    taken = _take(bank, live.nonzero().squeeze(1) + part.start, layout.rows)
+    if layout.keys:  # a new bank with product keys has all rows, and zeros in them
+        new = bool(live.all()) and not any(taken[name].any() for name in layout.rows)
+    else:
+        new = not len(taken["ids"])
+    return None if new else taken
 
 
-def take_usage(bank: RowStore, layout: Layout, number: int) -> dict[str, Tensor]:
-    """Copies of the usage of those of a shard's rows that were ever used, live or not."""
+def take_usage(bank: RowStore, layout: Layout, number: int) -> dict[str, Tensor] | None:
+    """Copies of the usage of those of a shard's rows that were ever accessed, live or not."""
     part = slice(number * SHARD_ROWS, (number + 1) * SHARD_ROWS)
-    used = bank.book.live[part] | bank.book.last_access[part].ne(0)
-    return _take(bank, used.nonzero().squeeze(1) + part.start, layout.usage)
+    ids = bank.book.last_access[part].nonzero().squeeze(1) + part.start
+    return _take(bank, ids, layout.usage) if len(ids) else None
+
+
+def put_live(bank: RowStore, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a shard of a new bank with what `take_rows` took: these rows are live, and no others."""
+    part = slice(shard.shard * SHARD_ROWS, (shard.shard + 1) * SHARD_ROWS)
+    bank.book.live[part] = False
+    bank.book.live.index_fill_(0, tensors["ids"].to(bank.keys.device), True)
+    put_rows(bank, tensors)
 
 
 def put_rows(bank: RowStore, tensors: Mapping[str, Tensor]) -> None:

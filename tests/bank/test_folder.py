@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsemem.bank import MemoryBank, journal
-from sparsemem.bank.errors import BankError
+from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.optim import RowAdagrad
 from tests.oracles.bank_state import NUM_ROWS, fill, names, new_bank, reopened, rows_of, usage_of
 
@@ -313,3 +313,63 @@ def test_others_read_and_write_while_a_bank_is_saved(tmp_path, small_shards):
             assert len(set(key)) == 1 or value == (0, 0)
             assert value in ((key[0], key[0]), (0, 0))
     assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
+# Product keys
+
+
+def product_keys(path=None, **options):
+    arguments = {"index": "product-key", "metric": "ip", **options}
+    return MemoryBank(16, 4, 2, **arguments, path=path)
+
+
+def same_bank(loaded, bank):
+    assert torch.equal(loaded.keys, bank.keys)
+    assert rows_of(loaded) == rows_of(bank)
+    assert usage_of(loaded) == usage_of(bank)
+    queries = torch.randn(3, 4)
+    for found, expected in zip(loaded.read(queries, 5), bank.read(queries, 5), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("initial", ["empty", "normal"])
+def test_product_keys_come_back(tmp_path, small_shards, initial):
+    bank = product_keys(tmp_path / "bank", initial=initial, seed=7)
+    bank.write(torch.tensor([1, 6]), values=torch.randn(2, 2), tags=3)
+    bank.remove(torch.tensor([6, 7]))
+    same_bank(reopened(bank, tmp_path / "bank"), bank)
+    bank.save(tmp_path / "saved")
+    same_bank(MemoryBank.load(tmp_path / "saved"), bank)
+
+
+def test_product_keys_are_saved_when_they_were_trained(tmp_path, small_shards):
+    bank = product_keys(tmp_path / "bank")
+    saved = set(names(tmp_path / "bank"))
+    assert saved == {"keys-00000000.safetensors", "log-00000000", "manifest.json"}
+    optimiser = torch.optim.SGD(bank.parameters(), lr=0.1)
+    hit = bank.read(torch.randn(3, 4), 5)
+    (hit.scores.sum() + hit.values.sum()).backward()
+    optimiser.step()
+    bank.remove(torch.arange(8, 12))  # a shard of nothing, which a new bank has not
+    bank.save()
+    assert names(tmp_path / "bank")[0] == "keys-00000001.safetensors"
+    assert "rows-00002-00000001.safetensors" in names(tmp_path / "bank")
+    same_bank(reopened(bank, tmp_path / "bank"), bank)
+
+
+def test_damaged_product_keys_are_refused(tmp_path):
+    product_keys().save(tmp_path / "saved")
+    file = tmp_path / "saved" / "keys-00000000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"keys-00000000.safetensors is damaged: its sha256"):
+        MemoryBank.load(tmp_path / "saved")
+
+
+def test_product_keys_that_are_no_numbers_are_not_saved(tmp_path):
+    bank = product_keys()
+    with torch.no_grad():
+        bank.keys[1, 2, 0] = torch.inf
+    with pytest.raises(BankError, match="cannot be saved: keys of row 1 hold NaN or infinity"):
+        bank.save(tmp_path / "saved")

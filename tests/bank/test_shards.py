@@ -57,6 +57,15 @@ def test_what_is_taken_and_put_is_the_same(value_width, dtype):
     assert usage_of(copy) == usage_of(bank)
 
 
+def test_of_a_shard_without_rows_nothing_is_taken():
+    bank = MemoryBank(70_000, 3, 2)
+    bank.write(torch.tensor([69_999]), torch.randn(1, 3))
+    assert take_rows(bank, layout(), 0) is take_usage(bank, layout(), 0) is None
+    bank.remove(torch.tensor([69_999]))
+    assert take_rows(bank, layout(), 1) is None
+    assert take_usage(bank, layout(), 1)["ids"].tolist() == [69_999]
+
+
 def test_what_is_taken_is_a_copy():
     bank = filled()
     taken = take_rows(bank, layout(), 0)
