@@ -205,7 +205,7 @@ class BankStore(EpisodeStore):
                 f" go to {dtype} on {device}: move the bank"
             )
         self.load()
-        copy = BankStore(bank, self.rows.to(device, copy=True), self.index_after)
+        copy = BankStore(bank, self.rows.to(device, dtype, copy=True), self.index_after)
         copy.slots = self.slots.copy()
         copy.touched, copy.extent = self.touched.to(device, copy=True), self.extent
         copy.order = self.order.to(device, copy.slots)
