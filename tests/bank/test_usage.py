@@ -1,6 +1,9 @@
+from unittest import mock
+
 import torch
 
 from sparsemem import MemoryBank
+from sparsemem.bank import usage
 from sparsemem.bank.book import RowBook
 from sparsemem.bank.usage import SHARE, Room
 
@@ -31,6 +34,18 @@ def test_frozen_rows_are_left_and_come_in_their_place_once_released():
     book.frozen[0] = False
     room.released()
     assert room.choose(4).tolist() == [0, 1, 3, 4]
+
+
+def test_a_released_row_comes_before_those_queued_meanwhile():
+    with mock.patch.object(usage, "SHARE", 1):  # all rows are queued at once
+        bank = MemoryBank(6, 2)
+        bank.append(torch.ones(6, 2))
+        bank.freeze(torch.tensor([0, 2]))
+        assert bank.append(torch.ones(1, 2)).tolist() == [1]
+        bank.unfreeze(torch.tensor([2]))
+        assert bank.append(torch.ones(2, 2)).tolist() == [2, 3]
+        bank.unfreeze()
+        assert bank.append(torch.ones(4, 2)).tolist() == [0, 4, 5, 1]
 
 
 def test_what_is_chosen_but_not_written_is_there_again():
