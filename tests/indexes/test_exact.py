@@ -114,7 +114,7 @@ def test_a_better_row_behind_many_ties(metric, small_blocks):
 
 @metrics
 def test_scattered_rows_need_no_second_scan(metric, rescanned):
-    rows = torch.randn(40_000, 16)
+    rows = torch.randn(20_000, 16)
     agrees(table_of(rows), metric, rows[:5] + 0.1, 8)
     assert rescanned == []
 
