@@ -108,7 +108,7 @@ def soak(seconds: float) -> Soak:
     stats = run.bank.stats()
     run.bank.close()
     assert stats["error"] is None
-    assert min(run.reads, run.writes, run.rebuilds) >= 2
+    assert min(run.reads, run.writes, run.rebuilds) >= 1
     return run
 
 
