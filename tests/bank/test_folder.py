@@ -104,7 +104,7 @@ def test_reads_become_durable_with_a_save(tmp_path):
     assert (loaded.book.now, int(loaded.book.batches)) == (2, 1)
 
 
-def test_a_background_that_ends_after_a_save_is_in_the_next(tmp_path):
+def test_a_background_that_ends_after_a_save_is_in_the_next(tmp_path, small_shards):
     bank = new_bank(tmp_path / "bank")
     bank.append(torch.randn(4, 3))
     with bank.background():

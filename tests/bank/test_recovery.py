@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsemem.bank import MemoryBank, journal, manifest, shards
+from sparsemem.bank import MemoryBank, journal, manifest, recovery, shards
 from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.bank.manifest import encode_manifest, read_manifest
 from sparsemem.bank.recovery import verify_folder
@@ -52,6 +52,20 @@ def test_a_bank_is_open_once(tmp_path):
     bank.append(torch.randn(1, 3))
     del bank  # lets go of it, too
     assert len(rows_of(MemoryBank.load(tmp_path / "bank"))) == 1
+
+
+def test_a_save_just_before_a_folder_is_claimed_is_seen(tmp_path, monkeypatch):
+    bank = new_bank(tmp_path / "bank")
+    bank.append(torch.randn(2, 3))
+    claim = recovery.claim
+
+    def late(path):
+        bank.save()
+        bank.close()
+        return claim(path)
+
+    monkeypatch.setattr(recovery, "claim", late)
+    assert rows_of(MemoryBank.load(tmp_path / "bank")) == rows_of(bank)
 
 
 def test_a_closed_bank_takes_no_writes(tmp_path):
