@@ -22,9 +22,14 @@ def test_a_file_takes_the_place_of_another_when_it_is_whole(tmp_path):
 def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path):
     path = tmp_path / "file"
     replace_file(path, b"old")
-    with pytest.raises(KeyboardInterrupt), new_file(path) as file:
-        file.write(b"new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with new_file(path) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -40,9 +45,13 @@ def test_a_folder_appears_with_all_its_files(tmp_path):
 
 
 def test_a_folder_that_was_not_finished_never_appears(tmp_path):
-    with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "folder") as folder:
-        (folder / "file").write_text("one")
-        raise ValueError("no")
+    def stopped():
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text("one")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        stopped()
     assert os.listdir(tmp_path) == []
 
 
