@@ -155,6 +155,14 @@ def test_equal_rows_and_their_multiples_are_ranked_by_slot():
     assert episode.slots_of(episode.search(queries, 6)).tolist() == [[[0, 2, 3, 4, 5, 6]]]
 
 
+def test_of_equal_rows_those_that_the_index_did_not_return_come_first_too():
+    bank = bank_of(torch.ones(100, 2))
+    _, episode = read_slots(Episode.over(bank, 1), 50, 60)
+    for slot in range(2 + overlay.SPARE):  # all that the index returns at first
+        episode = write_slot(episode, slot, [-1.0, 0])
+    assert found_slots(episode, [1.0, 1], 2) == [[10, 11]]
+
+
 def test_where_the_index_finds_too_little_other_slots_take_its_place(monkeypatch):
     bank = bank_of(torch.randn(9, 2, dtype=F64))
     episode = Episode.over(bank, 1)

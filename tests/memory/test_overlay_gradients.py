@@ -106,6 +106,17 @@ def test_both_sides_of_a_fork_give_gradients_to_the_bank():
     assert word.grad.tolist() == [222, 222]
 
 
+def test_a_position_means_another_slot_in_a_fork_of_an_episode_that_has_touched_less():
+    bank = bank_of(torch.ones(5, 2, dtype=F64))
+    trunk = Episode.over(bank, 2)
+    at = trunk.positions(ids([0, 1], [0, 0]))  # one slot more in the first episode
+    _, trunk = trunk.read(at.unsqueeze(1))
+    fork = trunk.clone()
+    losses = [read_slots(episode, slot)[0][1].sum() for episode, slot in ((trunk, 2), (fork, 3))]
+    (losses[0] + 10 * losses[1]).backward()
+    assert bank.keys.grad.to_dense()[:, 0].tolist() == [0, 0, 1, 10, 0]
+
+
 def test_a_fork_made_without_gradients_is_cut():
     bank = bank_of(torch.ones(3, 2, dtype=F64))
     word = torch.ones(2, dtype=F64, requires_grad=True)

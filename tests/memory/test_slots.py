@@ -71,6 +71,16 @@ def test_refreshing_sees_rows_come_and_go(live, data):
     ] * max(0, 3 - now.count(False))
 
 
+def test_a_slot_that_becomes_free_before_those_touched_is_the_first():
+    bank = bank_with([True, False, False, False])
+    slots = BankSlots(bank, 1, 4)
+    slots.enter(torch.tensor([[1]]))
+    assert slots.untouched_free(2).tolist() == [[2, 3]]
+    bank.remove(torch.tensor([0]))
+    slots.refresh()
+    assert slots.untouched_free(2).tolist() == [[0, 2]]
+
+
 def test_each_episode_has_its_own_positions():
     slots = BankSlots(bank_with([False, True, True, False]), 2, 4)
     entered = slots.enter(torch.tensor([[3, 1, 3], [1, 1, 0]]))
