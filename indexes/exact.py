@@ -27,7 +27,7 @@ BLOCK_ROWS = 16_384  # rows scanned at once
 BATCH_QUERIES = 256  # queries scanned at once: the bounds of a block take 16 MiB
 SPARE = 8  # rows beyond k that are scored themselves
 SCORED_NUMBERS = 2**22  # of rows that are scored themselves at once
-SPAN = 64  # neighbouring rows of which only the best is compared at first
+SPAN = 8  # neighbouring rows of which only the best is compared at first
 
 # Makes the blocks of a scan: ids, ascending over all blocks, and rows.
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -114,8 +114,11 @@ def by_product(
         if not len(rows):
             continue
         values, places = highest(upper_bounds(metric, queries, rows), keep)
+        first = not bounds.shape[1]
         bounds, ids = torch.cat([bounds, values], 1), torch.cat([ids, block_ids[places]], 1)
-        if values.shape[1] < len(rows) or bounds.shape[1] > keep:
+        if first and values.shape[1] == keep < len(rows):
+            beyond = values[:, -1]  # `highest` has sorted them
+        elif values.shape[1] < len(rows) or bounds.shape[1] > keep:
             bounds, places = bounds.topk(keep, 1)
             ids, beyond = ids.gather(1, places), bounds[:, -1]
     return ids, beyond

@@ -17,7 +17,19 @@ from torch import Tensor
 
 from sparsemem.checks import check_size
 from sparsemem.indexes.base import MISSING, Found, Index, best_of
-from sparsemem.indexes.exact import BLOCK_ROWS, SPARE, best_rows, joined, own_scores, rounding, scan
+from sparsemem.indexes.exact import (
+    BATCH_QUERIES,
+    BLOCK_ROWS,
+    SPARE,
+    best_rows,
+    first_best,
+    highest,
+    joined,
+    own_scores,
+    product_rounding,
+    rounding,
+    scan,
+)
 from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
@@ -194,7 +206,10 @@ class ProductKeyIndex(Index):
         return found, complete
 
     def _best_pairs(self, queries: Tensor, depth: int) -> Found:
-        """The `depth` best pairs by the sum of their halves' scores, then id; removed or not."""
+        """The `depth` best pairs by the sum of their halves' scores, then id; removed or not.
+
+        In no order, but for the last, which is the worst.
+        """
         half = self.table.subkeys.shape[1]
         first, second = (
             self._best_halves(number, part, min(depth, half))
@@ -207,11 +222,19 @@ class ProductKeyIndex(Index):
             # float64 adds what float32 would make equal.
             sums = first.scores[some].double()[:, left] + second.scores[some].double()[:, right]
             ids = first.ids[some][:, left] * half + second.ids[some][:, right]
-            parts.append(best_of(sums, ids, depth, self.metric))
+            parts.append(unordered_best(sums, ids, depth, self.metric))
         return joined(parts)
 
     def _best_halves(self, number: int, queries: Tensor, count: int) -> Found:
+        """The best sub-keys of a half: for `ip` by a plain product, whose rounding `_is_below` has.
+
+        For `l2` exactly: squares far from the origin cancel in a product.
+        """
         subkeys, dtype = self.table.subkeys[number], self.table.dtype
+        if self.metric is Metric.ip:
+            keys = subkeys.to(dtype)
+            batches = torch.split(queries, BATCH_QUERIES)
+            return joined([best_by_product(some, keys, count) for some in batches])
 
         def blocks() -> Iterator[tuple[Tensor, Tensor]]:
             ids = torch.arange(len(subkeys), device=subkeys.device)
@@ -226,6 +249,7 @@ class ProductKeyIndex(Index):
     def _is_below(self, queries: Tensor, sums: Tensor, scores: Tensor) -> Tensor:
         """Whether no pair after one with these sums can score as well as `scores`."""
         share = rounding(self.table.width, self.table.dtype)
+        share += 2 * product_rounding(self.table.dtype)  # of what was taken, and of what was not
         if self.metric is Metric.l2:
             slack = share * sums  # all its terms have the same sign
         else:
@@ -246,6 +270,35 @@ def dominant_pairs(depth: int, size: int, device: torch.device) -> tuple[Tensor,
     left = ranks.repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
     return left, torch.arange(len(left), device=device) - starts[left]
+
+
+def best_by_product(queries: Float[Tensor, "Q D"], keys: Float[Tensor, "S D"], count: int) -> Found:
+    """The `count` greatest inner products, as a matrix product has them.
+
+    Ties go to the first keys where nothing was rounded: where every product is 0.
+    """
+    scores = (queries @ keys.mT).nan_to_num_(-torch.inf)
+    found = Found(*highest(scores, count))
+    zero = (~queries.any(1) | ~keys.any()).nonzero().squeeze(1)
+    if len(zero):
+        places = first_best(scores[zero], count)
+        found.ids[zero], found.scores[zero] = places, scores[zero].gather(1, places)
+    return found
+
+
+def unordered_best(
+    sums: Float[Tensor, "Q C"], ids: Int[Tensor, "Q C"], count: int, metric: Metric
+) -> Found:
+    """The `count` best by sum, then id, as `best_of` has them, but only the last in its place."""
+    worth = sums * metric.sign
+    if count >= worth.shape[1]:
+        return best_of(sums, ids, count, metric)
+    top = worth.topk(count + 1, 1)
+    found = Found(top.values[:, :count] * metric.sign, ids.gather(1, top.indices[:, :count]))
+    tied = (top.values[:, count - 1] == top.values[:, count]).nonzero().squeeze(1)
+    if len(tied):  # which of the equal ones belong to it
+        found.scores[tied], found.ids[tied] = best_of(sums[tied], ids[tied], count, metric)
+    return found
 
 
 def _unmarked(count: int, device: torch.device) -> Tensor:
