@@ -27,6 +27,7 @@ OPERATIONS = st.lists(
 
 
 def apply(bank, name, ids):
+    bank.expire()  # what the operation would do first
     ids = torch.tensor(ids)
     live = ids[bank.book.live[ids]]
     if name == "append":
