@@ -22,7 +22,6 @@ from sparsemem.indexes.exact import (
     BLOCK_ROWS,
     SPARE,
     best_rows,
-    first_best,
     highest,
     joined,
     own_scores,
@@ -180,21 +179,24 @@ class ProductKeyIndex(Index):
         scores = queries.new_full((len(queries), k), self.metric.missing)
         found = Found(scores, torch.full_like(scores, MISSING, dtype=torch.int64))
         left = torch.arange(len(queries), device=queries.device)  # queries not answered yet
+        exactly = False  # a plain product will do, unless rows score alike
         # About k * N / live pairs are to be looked at, and all of them only block by block.
         while len(left) and k * table.num_rows <= MOST_PAIRS * table.num_live:
-            some, complete = self._search_pairs(queries[left], k, depth)
+            some, complete = self._search_pairs(queries[left], k, depth, exactly)
             found.scores[left], found.ids[left] = some
             left = left[~complete]
             if depth >= MOST_PAIRS:
                 break
-            depth = min(DEEPER * depth, table.num_rows)
+            depth, exactly = min(DEEPER * depth, table.num_rows), True
         if len(left):
             found.scores[left], found.ids[left] = scan(table, self.metric, queries[left], k)
         return found
 
-    def _search_pairs(self, queries: Tensor, k: int, depth: int) -> tuple[Found, Tensor]:
+    def _search_pairs(
+        self, queries: Tensor, k: int, depth: int, exactly: bool
+    ) -> tuple[Found, Tensor]:
         """The k best live rows among the `depth` best pairs, and for which queries that is all."""
-        sums, ids = self._best_pairs(queries, depth)
+        sums, ids = self._best_pairs(queries, depth, exactly)
         ids = torch.where(self.table.is_live(ids.flatten()).view(ids.shape), ids, MISSING)
         own = own_scores(self.table.take, self.metric, queries, ids.clamp(min=0))
         found = best_of(own, ids, k, self.metric)
@@ -202,17 +204,17 @@ class ProductKeyIndex(Index):
             return found, torch.ones_like(ids[:, 0], dtype=torch.bool)
         complete = found.ids[:, -1] >= 0
         if depth <= MOST_ALIKE:
-            complete &= self._is_below(queries, sums[:, -1], found.scores[:, -1])
+            complete &= self._is_below(queries, sums[:, -1], found.scores[:, -1], exactly)
         return found, complete
 
-    def _best_pairs(self, queries: Tensor, depth: int) -> Found:
+    def _best_pairs(self, queries: Tensor, depth: int, exactly: bool) -> Found:
         """The `depth` best pairs by the sum of their halves' scores, then id; removed or not.
 
         In no order, but for the last, which is the worst.
         """
         half = self.table.subkeys.shape[1]
         first, second = (
-            self._best_halves(number, part, min(depth, half))
+            self._best_halves(number, part, min(depth, half), exactly)
             for number, part in enumerate(queries.chunk(2, 1))
         )
         left, right = dominant_pairs(depth, half, queries.device)
@@ -225,13 +227,13 @@ class ProductKeyIndex(Index):
             parts.append(unordered_best(sums, ids, depth, self.metric))
         return joined(parts)
 
-    def _best_halves(self, number: int, queries: Tensor, count: int) -> Found:
-        """The best sub-keys of a half: for `ip` by a plain product, whose rounding `_is_below` has.
+    def _best_halves(self, number: int, queries: Tensor, count: int, exactly: bool) -> Found:
+        """The best sub-keys of a half, exactly, or for `ip` as a plain product has them.
 
-        For `l2` exactly: squares far from the origin cancel in a product.
+        For `l2` always exactly: squares far from the origin cancel in a product.
         """
         subkeys, dtype = self.table.subkeys[number], self.table.dtype
-        if self.metric is Metric.ip:
+        if self.metric is Metric.ip and not exactly:
             keys = subkeys.to(dtype)
             batches = torch.split(queries, BATCH_QUERIES)
             return joined([best_by_product(some, keys, count) for some in batches])
@@ -246,17 +248,19 @@ class ProductKeyIndex(Index):
 
         return best_rows(take, self.metric, queries, count, blocks)
 
-    def _is_below(self, queries: Tensor, sums: Tensor, scores: Tensor) -> Tensor:
+    def _is_below(self, queries: Tensor, sums: Tensor, scores: Tensor, exactly: bool) -> Tensor:
         """Whether no pair after one with these sums can score as well as `scores`."""
         share = rounding(self.table.width, self.table.dtype)
-        share += 2 * product_rounding(self.table.dtype)  # of what was taken, and of what was not
+        if not exactly:
+            share += product_rounding(self.table.dtype)
         if self.metric is Metric.l2:
             slack = share * sums  # all its terms have the same sign
         else:
             slack = share * queries.double().abs().sum(1) * self.table.subkeys.abs().max()
         bound, worth = sums * self.metric.sign + slack, scores * self.metric.sign
+        below = bound < worth
         # Where nothing was rounded, pairs that score the same come in the order of their ids.
-        return (bound < worth) | ((bound <= worth) & (slack == 0))
+        return below | ((bound <= worth) & (slack == 0)) if exactly else below
 
 
 def dominant_pairs(depth: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -273,17 +277,10 @@ def dominant_pairs(depth: int, size: int, device: torch.device) -> tuple[Tensor,
 
 
 def best_by_product(queries: Float[Tensor, "Q D"], keys: Float[Tensor, "S D"], count: int) -> Found:
-    """The `count` greatest inner products, as a matrix product has them.
-
-    Ties go to the first keys where nothing was rounded: where every product is 0.
-    """
-    scores = (queries @ keys.mT).nan_to_num_(-torch.inf)
-    found = Found(*highest(scores, count))
-    zero = (~queries.any(1) | ~keys.any()).nonzero().squeeze(1)
-    if len(zero):
-        places = first_best(scores[zero], count)
-        found.ids[zero], found.scores[zero] = places, scores[zero].gather(1, places)
-    return found
+    """The `count` greatest inner products, as a matrix product has them; equal ones in no order."""
+    scores = queries.new_zeros(len(queries), len(keys))
+    scores.addmm_(queries, keys.mT)  # in place: not in half precision under autocast
+    return Found(*highest(scores.nan_to_num_(-torch.inf), count))
 
 
 def unordered_best(

@@ -69,7 +69,9 @@ def test_equals_exact_search_over_all_rows(metric, kind, half):
 
 
 @metrics
-def test_the_best_rows_removed_uncover_the_next(metric):
+@pytest.mark.parametrize("most_alike", [1, product_key.MOST_ALIKE])
+def test_the_best_rows_removed_uncover_the_next(metric, most_alike, monkeypatch):
+    monkeypatch.setattr(product_key, "MOST_ALIKE", most_alike)
     table = ProductTable(torch.randn(2, 60, 4))
     index = ProductKeyIndex(table, metric)
     query = torch.randn(1, 8)
@@ -89,9 +91,43 @@ def test_a_scan_where_most_rows_are_removed(metric, monkeypatch):
 
 
 @metrics
+def test_more_equal_rows_than_are_looked_at(metric):
+    some = torch.randn(3, 16)
+    subkeys = some[torch.randint(3, (2, 500))]  # some 28,000 rows of each kind
+    table, query = ProductTable(subkeys), torch.randn(4, 32)
+    found = ProductKeyIndex(table, metric).search(query, 9)
+    expected = ExactIndex(table, metric).search(query, 9)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+
+
+@metrics
+def test_autocast_changes_nothing(metric):
+    # Differences that bfloat16 does not show.
+    table = ProductTable(5 + 1e-2 * torch.randn(2, 30, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        agrees(table, metric, torch.randn(5, 8), 7)
+
+
+@metrics
 def test_few_queries_at_a_time_are_the_same(metric, monkeypatch):
     monkeypatch.setattr(product_key, "PAIRS_AT_ONCE", 1)
     agrees(ProductTable(torch.randn(2, 30, 4).round()), metric, torch.randn(5, 8), 7)
+
+
+@metrics
+def test_scattered_rows_need_no_second_look(metric, monkeypatch):
+    depths = []
+
+    def counting(index, queries, k, depth, exactly):
+        depths.append(depth)
+        return search_pairs(index, queries, k, depth, exactly)
+
+    search_pairs = ProductKeyIndex._search_pairs
+    monkeypatch.setattr(ProductKeyIndex, "_search_pairs", counting)
+    index = ProductKeyIndex(ProductTable(torch.randn(2, 300, 16)), metric)
+    index.search(torch.randn(9, 32), 5)
+    assert depths == [5 + product_key.SPARE]
 
 
 def test_rows_that_rounding_makes_equal_come_in_the_order_of_their_ids():
