@@ -142,7 +142,9 @@ def one_million() -> dict[str, Any]:
         "recall_of_read": recall(found, truth),
         "recall_of_faiss": recall(theirs, truth),
         "milliseconds": {
-            key: statistics.median(values) for t in (steps, scans, reads) for key, values in t.items()
+            name: statistics.median(values)
+            for times in (steps, scans, reads)
+            for name, values in times.items()
         },
         "read_to_faiss_and_gather": ratio(reads, "read", "faiss_and_gather"),
         "step_sgd_to_faiss_and_gather": ratio(steps, "step_sgd", "faiss_and_gather"),

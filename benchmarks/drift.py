@@ -55,7 +55,8 @@ class Drift:
         self.goal = clustered(len(self.moving), WIDTH, seed + 2)  # other clusters
         visits = [torch.randperm(len(self.moving), generator=generator) for _ in range(VISITS)]
         order = torch.cat(visits)
-        self.parts = torch.split(order[: len(order) // MOVED_AT_ONCE * MOVED_AT_ONCE], MOVED_AT_ONCE)
+        whole = len(order) // MOVED_AT_ONCE * MOVED_AT_ONCE
+        self.parts = torch.split(order[:whole], MOVED_AT_ONCE)
         self._seed = seed + 3
 
     def __len__(self) -> int:
@@ -117,7 +118,8 @@ def plain(rows: Tensor, effort: int) -> tuple[Any, float]:
 
 def share(found: Any, truth: Any) -> list[float]:
     """Recall of each query."""
-    return [len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)]
+    pairs = zip(found.tolist(), truth.tolist(), strict=True)
+    return [len(set(ours) & set(true)) / len(true) for ours, true in pairs]
 
 
 def judge(drift: Drift, records: list[Record], effort: int) -> dict[str, Any]:
@@ -208,14 +210,24 @@ def draw(records: list[Record], judged: dict[str, Any], moving: int, path: Path)
     for axis in (top, bottom):
         axis.axvline(moving, color="black", linewidth=0.6)
         axis.fill_between(
-            np.arange(len(records)), 0, 1, where=building, color="#f0c96a", alpha=0.35,
-            transform=axis.get_xaxis_transform(), linewidth=0,
+            np.arange(len(records)),
+            0,
+            1,
+            where=building,
+            color="#f0c96a",
+            alpha=0.35,
+            transform=axis.get_xaxis_transform(),
+            linewidth=0,
         )
         axis.spines[["top", "right"]].set_visible(False)
     top.text(moving, 1.03, " rows stop moving", ha="left", va="bottom", fontsize=8)
     bottom.text(
-        0.01, 0.95, "shaded: lists are trained anew in the background", fontsize=8,
-        transform=bottom.transAxes, va="top",
+        0.01,
+        0.95,
+        "shaded: lists are trained anew in the background",
+        fontsize=8,
+        transform=bottom.transAxes,
+        va="top",
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)

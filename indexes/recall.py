@@ -14,6 +14,7 @@ from sparsemem.indexes.derived import Setting, ladder
 from sparsemem.indexes.metrics import Metric
 
 SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
+USUAL_K = 8  # what is tuned for before there are queries
 OF_A_BATCH = 4  # queries that are kept of each
 MOST_OVERSAMPLING = 64
 WATCHED = 24  # queries whose agreement is averaged
@@ -21,32 +22,42 @@ PLATEAU = 0.002  # a rise of recall that is not worth looking harder
 
 
 class QuerySample:
-    """The latest queries, some of each batch, and the k that was asked for last."""
+    """The latest queries, some of each batch, and the k that they asked for."""
 
     def __init__(self, like: Tensor, width: int, dtype: torch.dtype) -> None:
         self._rows = torch.zeros(SAMPLE, width, dtype=dtype, device=like.device)
+        self._asked = [0] * SAMPLE  # the k of each
         self._lock = threading.Lock()  # readers search side by side
         self.seen = 0  # queries, all of them
         self._batches = self._kept = 0
-        self.k = 8
+
+    def __len__(self) -> int:
+        return min(self._kept, SAMPLE)
+
+    @property
+    def k(self) -> int:
+        """The greatest k that one of the sample asked for."""
+        return max(self._asked) or USUAL_K
 
     def add(self, queries: Tensor, k: int) -> None:
-        """Keep a few of a batch of queries."""
+        """Keep a few of a batch of queries, and more as long as there is room."""
         with self._lock:
+            many = max(OF_A_BATCH, SAMPLE - self._kept)
             # A wandering offset, so that no place in the batch is preferred.
-            step = max(1, -(-len(queries) // OF_A_BATCH))
+            step = max(1, -(-len(queries) // many))
             some = queries[self._batches % step :: step]
-            self._batches += 1
-            place = (self._kept + torch.arange(len(some))) % SAMPLE
+            place = [(self._kept + number) % SAMPLE for number in range(len(some))]
             self._rows[place] = some
+            for number in place:
+                self._asked[number] = k
             self._kept += len(some)
             self.seen += len(queries)
-            self.k = k
+            self._batches += 1
 
     def queries(self) -> Tensor:
         """A copy of the sample [n, W]; empty while there is none."""
         with self._lock:
-            return self._rows[: min(self._kept, SAMPLE)].clone()
+            return self._rows[: len(self)].clone()
 
 
 def recall(found: Found, truth: Found, metric: Metric) -> float:

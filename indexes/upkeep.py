@@ -25,7 +25,7 @@ MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
 CHECK_QUERIES = 8_192  # after so many, and
 CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
 WATCH_EVERY = 16  # searches, while no rows change
-HARDER = 4  # times the effort that the watch compares with
+HARDER = 16  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
 PATIENCE = 60.0  # seconds before what failed is tried again
 BUILDER_NICE = 10
@@ -55,6 +55,7 @@ class Upkeep:
         self._imbalance, self._built_effort = 1.0, 1  # the imbalance as last measured
         self._changes = 0  # rows changed since the last check
         self._checked_queries = 0
+        self._tuned_k = 0  # the greatest k that it was tuned for
         self._settled_live = True  # False: tuned on rows, before there were queries
         self._watch, self._searches, self._watched_at = Watch(), 0, 0
         self._rest_until = 0.0
@@ -96,13 +97,13 @@ class Upkeep:
     def maintain(self) -> None:
         """Do what is due: called by the background thread."""
         self._guarded(self._absorb)
+        if self._rebuild_due() and (self._builder is None or not self._builder.is_alive()):
+            assert self._worker is not None
+            self._builder = self._worker.start(self._build_aside)
         if time.monotonic() >= self._rest_until:
             started = time.monotonic()
             self._guarded(self._check_if_due)
             self._rest_until = time.monotonic() + RESTING * (time.monotonic() - started)
-        if self._rebuild_due() and (self._builder is None or not self._builder.is_alive()):
-            assert self._worker is not None
-            self._builder = self._worker.start(self._build_aside)
 
     def rebuild(self) -> None:
         """Build anew now, in the calling thread."""
@@ -166,8 +167,9 @@ class Upkeep:
             return False
         rows = max(CHECK_ROWS, self.index.table.num_live // 100)
         queries = self.index.sample.seen - self._checked_queries
-        enough = CHECK_QUERIES if self._settled_live else SAMPLE
-        return self._changes >= rows or queries >= enough
+        if not self._settled_live or self.index.sample.k > self._tuned_k:
+            return self._changes >= rows or (queries > 0 and len(self.index.sample) >= SAMPLE // 2)
+        return self._changes >= rows or queries >= CHECK_QUERIES
 
     def _check_if_due(self) -> None:
         """Measure the recall on live queries; look harder where it comes near the floor."""
@@ -178,12 +180,14 @@ class Upkeep:
         self._imbalance = derived.imbalance()
         if not len(queries):
             return
+        new = not self._settled_live or self.index.sample.k > self._tuned_k
+        self._tuned_k = self.index.sample.k
         truth = self._truth(queries)
         self.recall = self._measured(derived, derived.setting, queries, truth)
         if self.index.min_recall is None:
             return
         eased = self.recall > self._floor(EASY) and derived.setting.effort > 1
-        if self.recall < self._floor(ALARM) or eased or not self._settled_live:
+        if self.recall < self._floor(ALARM) or eased or new:
             self._tune(derived, queries, truth, TARGET)
             if not self._settled_live:
                 self._settled_live, self._built_effort = True, derived.setting.effort
@@ -193,6 +197,7 @@ class Upkeep:
         return self.index.min_recall + part * (1 - self.index.min_recall)
 
     def _tune(self, derived: Derived, queries: Tensor, truth: Found, target: float) -> None:
+        self._tuned_k = self.index.sample.k
         derived.setting, self.recall = tune(
             lambda setting: self._measured(derived, setting, queries, truth),
             derived.start,

@@ -224,6 +224,19 @@ def test_without_a_floor_nothing_is_tuned():
     index.search(clustered(20, seed=1), K)
     assert index.current.setting == index.current.start
     assert index.stats()["recall"] is not None
+    index.search(clustered(200, seed=2), K)
+    assert not index.upkeep._check_due()  # and it is not measured at every search
+
+
+def test_a_greater_k_is_tuned_for():
+    queries = torch.randn(200, W, generator=torch.Generator().manual_seed(8))
+    index = make(min_recall=0.95)
+    index.search(queries, 1)
+    before = index.stats()["effort"]
+    for start in range(0, 200, 4):
+        index.search(queries[start : start + 4], 60)
+    assert index.stats()["effort"] > before
+    assert agreement(index, queries, 60) >= 0.93
 
 
 def test_trained_anew_after_growth_wear_and_crowding():
