@@ -73,8 +73,17 @@ class Index(ABC):
         """Derive the index anew from all rows, and return when it is in use."""
 
     def stats(self) -> dict[str, Any]:
-        """Figures to watch (see the class of the index)."""
-        return {}
+        """Figures to watch, those of exact search here; see `FreshIndex.stats`."""
+        return {
+            "recall": 1.0,
+            "imbalance": 1.0,
+            "buffered": 0,
+            "bytes": 0,
+            "age": 0.0,
+            "rebuilds": 0,
+            "exact": True,
+            "error": None,
+        }
 
     def close(self) -> None:  # noqa: B027 (most have nothing to stop)
         """Stop what runs in the background. The index can still be searched."""

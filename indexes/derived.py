@@ -26,6 +26,7 @@ from sparsemem.indexes.table import RowTable
 
 SPARE = 8  # candidates beyond k: FAISS's float32 scores differ from the rows' own by rounding
 DEEPER = 8  # how many times more candidates are asked for when too many were stale
+MOST_CANDIDATES = 2_048  # where even these are too few, a scan says what is true
 QUANTISED = 4  # times k candidates where the index scores something coarser than the rows
 START_EFFORT = 16
 BUILD_CHUNK = 16_384  # rows read at once
@@ -104,7 +105,7 @@ class Derived:
 
     def mark(self, ids: Any) -> None:
         """Rows [n] (numpy) have changed: they are searched exactly until they are absorbed."""
-        new = ids[~self.dirty[ids]]
+        new = np.unique(ids[~self.dirty[ids]])
         end = self.buffered + len(new)
         if end > len(self._buffer):
             grown = np.empty(2 * end, np.int64)
@@ -131,25 +132,25 @@ class Derived:
         self._buffer[:left] = self._buffer[len(ids) : self.buffered].copy()
         self.buffered = left
 
-    def candidates(self, queries: Tensor, k: int, setting: Setting | None = None) -> Tensor:
-        """Ids [Q, C] of valid entries, -1 between them.
+    def candidates(
+        self, queries: Tensor, k: int, setting: Setting | None = None
+    ) -> tuple[Tensor, Any]:
+        """Ids [Q, C] of valid entries, -1 after them; and for which queries that may not be all.
 
-        At least k for each query, unless the index has no more to propose to it.
+        Those are queries near which so many entries are stale that k valid ones did not turn up.
         """
         effort, oversample = setting or self.setting
         vectors = to_faiss(queries, self.metric)
-        wanted = min(k * oversample + SPARE, self.entries)
+        width = wanted = min(k * oversample + SPARE, self.entries)
         ids, exhausted = self._proposals(vectors, wanted, effort)
         short = ((ids >= 0).sum(1) < k) & ~exhausted
-        while short.any() and wanted < self.entries:
-            wanted = min(wanted * DEEPER, self.entries)
+        while short.any() and wanted < min(self.entries, MOST_CANDIDATES):
+            wanted = min(wanted * DEEPER, self.entries, max(MOST_CANDIDATES, width))
             deeper, emptied = self._proposals(vectors[short], wanted, effort)
-            widened = np.full((len(ids), wanted), -1, np.int64)
-            widened[:, : ids.shape[1]] = ids
-            widened[short] = deeper
-            ids = widened
-            short[short] = ((deeper >= 0).sum(1) < k) & ~emptied
-        return from_numpy(ids, queries)
+            first = np.argsort(deeper < 0, axis=1, kind="stable")[:, :width]  # the best valid ones
+            ids[short] = np.take_along_axis(deeper, first, 1)
+            short[short] = ((ids[short] >= 0).sum(1) < k) & ~emptied
+        return from_numpy(ids, queries), short
 
     def imbalance(self) -> float:
         """How uneven the lists are: 1 is even; n: a search takes about n times as long."""

@@ -30,7 +30,7 @@ class FreshIndex(Index):
     rows is absorbed; recall is measured on a sample of live queries against exact search, and
     the search looks harder where it comes near `min_recall`; after drift the lists are trained
     anew, beside the old ones, and swapped in. An index that cannot hold `min_recall` gives way
-    to exact search, with a warning.
+    to exact search, with a warning, until it is next built.
 
     Args:
         table, metric: as for every index.
@@ -116,24 +116,27 @@ class FreshIndex(Index):
         self, derived: Derived, queries: Tensor, k: int, setting: Setting | None = None
     ) -> Found:
         """The best of what an index proposes and of its buffer, scored from the rows."""
-        ids = derived.candidates(queries, k, setting)
+        ids, unsure = derived.candidates(queries, k, setting)
         scores = self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
         if derived.buffered:
             buffer = from_numpy(derived.buffer, queries)
             beside = scan_rows(self.table, self.metric, queries, buffer, k)
             ids, scores = torch.cat([ids, beside.ids], 1), torch.cat([scores, beside.scores], 1)
-        return best_of(scores, ids, k, self.metric)
-
-    def _search(self, queries: Tensor, k: int) -> Found:
-        self.sample.add(queries, k)
-        derived = self.current
-        if derived is None or self.upkeep.exact_only:
-            return self.exact._search(queries, k)
-        found = self.found(derived, queries, k)
+        found = best_of(scores, ids, k, self.metric)
         # Lists that were not probed may hold what is still missing.
         short = (found.ids[:, : min(k, self.table.num_live)] < 0).any(1)
+        short |= from_numpy(unsure, queries)
         if short.any():
             self.scans += 1
             found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
+        return found
+
+    def _search(self, queries: Tensor, k: int) -> Found:
+        derived = self.current
+        few = self.table.num_live < self.exact_below or not len(queries)
+        if derived is None or few or not derived.holds:
+            return self.exact._search(queries, k)
+        self.sample.add(queries, k)
+        found = self.found(derived, queries, k)
         self.upkeep.searched(derived, queries, found)
         return found

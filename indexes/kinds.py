@@ -52,6 +52,11 @@ def new_faiss_index(name: str, width: int, metric: Metric) -> Any:
             f"index is {name!r}, expected 'exact', 'product-key' or a FAISS factory string that"
             f" suits rows of width {width}, such as {EXAMPLES} (FAISS: {reason})"
         ) from None
+    if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2) or "Dedup" in type(index).__name__:
+        raise ValueError(
+            f"index is {name!r}, expected one without IDMap and Dedup: rows have their own"
+            f" numbers here; such as {EXAMPLES}"
+        )
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
         lists.cp.niter = ITERATIONS
@@ -93,15 +98,20 @@ def search_parameters(index: Any, effort: int) -> Any:
     faiss = faiss_module()
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=effort)
-    if not num_lists(index):
-        return None
-    if not isinstance(index, faiss.IndexPreTransform):
+    if isinstance(index, faiss.IndexIVF):
         coarse = None
         if isinstance(faiss.downcast_index(index.quantizer), faiss.IndexIVF):
             coarse = faiss.SearchParametersIVF(nprobe=max(QUERY_PROBES, effort // 4))
         return faiss.SearchParametersIVF(nprobe=effort, quantizer_params=coarse)
-    inner = faiss.SearchParametersIVF(nprobe=effort)
-    return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = search_parameters(faiss.downcast_index(index.index), effort)
+        return inner and faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        inner = search_parameters(faiss.downcast_index(index.base_index), effort)
+        return inner and faiss.IndexRefineSearchParameters(
+            base_index_params=inner, k_factor=index.k_factor
+        )
+    return None
 
 
 def quicken(index: Any) -> tuple[Any, ...]:

@@ -50,7 +50,7 @@ class Upkeep:
         self.index = index
         self.recall: float | None = None
         self.rebuilds = 0
-        self.error: BaseException | None = None
+        self._errors: dict[str, Exception] = {}  # by what failed when it was last done
         self._built_rows, self._built_imbalance, self._built_at = 0, 1.0, time.monotonic()
         self._imbalance, self._built_effort = 1.0, 1  # the imbalance as last measured
         self._changes = 0  # rows changed since the last check
@@ -77,37 +77,43 @@ class Upkeep:
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else 2)
         if current is not None and current.buffered > limit:
-            self._guarded(lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
+            self._guarded("absorb", lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
         if self._worker is None:
-            self._guarded(self._check_if_due)
-            self._guarded(self._rebuild_if_due)
-        elif self._absorb_due() or self._check_due() or self._rebuild_due():
+            self._guarded("check", self._check_if_due)
+            self._guarded("rebuild", self._rebuild_if_due)
+        elif self._absorb_due() or self._check_now() or self._build_now():
             self._worker.wake()
 
     def searched(self, derived: Derived, queries: Tensor, found: Found) -> None:
         """A search has ended, under the table's read lock."""
         self._watch_agreement(derived, queries, found)
-        if not self._check_due():
+        if not self._check_now():
             return
         if self._worker is None:
-            self._guarded(self._check_if_due)
+            self._guarded("check", self._check_if_due)
         else:
             self._worker.wake()
 
     def maintain(self) -> None:
         """Do what is due: called by the background thread."""
-        self._guarded(self._absorb)
-        if self._rebuild_due() and (self._builder is None or not self._builder.is_alive()):
+        self._guarded("absorb", self._absorb)
+        if self._build_now():
             assert self._worker is not None
             self._builder = self._worker.start(self._build_aside)
-        if time.monotonic() >= self._rest_until:
+        if self._check_now():
             started = time.monotonic()
-            self._guarded(self._check_if_due)
+            self._guarded("check", self._check_if_due)
             self._rest_until = time.monotonic() + RESTING * (time.monotonic() - started)
 
     def rebuild(self) -> None:
         """Build anew now, in the calling thread."""
         if self._worker is not None:
+            if self.index.table.lock.is_writing():
+                raise RuntimeError(
+                    "rebuild() under table.lock.write() could wait for a build that waits for this"
+                    " thread: call it without the lock. Rows that were changed in place are told"
+                    " by changed(ids)"
+                )
             self._build()
         else:
             with self.index.table.lock.write():
@@ -124,8 +130,8 @@ class Upkeep:
             "recall": self.recall,
             "age": time.monotonic() - self._built_at,
             "rebuilds": self.rebuilds,
-            "exact": self.exact_only,
-            "error": None if self.error is None else repr(self.error),
+            "exact": self.exact_only or self.index.table.num_live < self.index.exact_below,
+            "error": next((repr(error) for error in list(self._errors.values())), None),
         }
 
     # Absorbing
@@ -135,6 +141,8 @@ class Upkeep:
         return current is not None and current.buffered > self.index.buffer_rows
 
     def _absorb(self) -> None:
+        if not self._absorb_due():  # without the lock, which would shut readers out
+            return
         while True:
             with self.index.table.lock.write():
                 current = self.index.current
@@ -171,46 +179,57 @@ class Upkeep:
             return self._changes >= rows or (queries > 0 and len(self.index.sample) >= SAMPLE // 2)
         return self._changes >= rows or queries >= CHECK_QUERIES
 
+    def _check_now(self) -> bool:
+        return self._check_due() and (self._worker is None or time.monotonic() >= self._rest_until)
+
     def _check_if_due(self) -> None:
         """Measure the recall on live queries; look harder where it comes near the floor."""
-        derived, queries = self.index.current, self.index.sample.queries()
+        index, derived, queries = self.index, self.index.current, self.index.sample.queries()
         if derived is None or not self._check_due():
             return
-        self._changes, self._checked_queries = 0, self.index.sample.seen
+        self._changes, self._checked_queries = 0, index.sample.seen
         self._imbalance = derived.imbalance()
         if not len(queries):
             return
-        new = not self._settled_live or self.index.sample.k > self._tuned_k
-        self._tuned_k = self.index.sample.k
-        truth = self._truth(queries)
-        self.recall = self._measured(derived, derived.setting, queries, truth)
-        if self.index.min_recall is None:
-            return
-        eased = self.recall > self._floor(EASY) and derived.setting.effort > 1
-        if self.recall < self._floor(ALARM) or eased or new:
-            self._tune(derived, queries, truth, TARGET)
+        new = not self._settled_live or index.sample.k > self._tuned_k
+        self._tuned_k = index.sample.k
+        truth, setting = self._truth(queries), derived.setting
+        reached = self._measured(derived, setting, queries, truth)
+        if index.min_recall is not None:
+            eased = reached > self._floor(EASY) and setting.effort > 1
+            if reached < self._floor(ALARM) or eased or new:
+                setting, reached = self._tuned(derived, queries, truth, TARGET)
+        with index.table.lock.read():  # a swap may have come between: then it is about nothing
+            if index.current is not derived:
+                return
+            self._settle(derived, setting, reached)
             if not self._settled_live:
-                self._settled_live, self._built_effort = True, derived.setting.effort
+                self._settled_live, self._built_effort = True, setting.effort
 
     def _floor(self, part: float) -> float:
         assert self.index.min_recall is not None
         return self.index.min_recall + part * (1 - self.index.min_recall)
 
-    def _tune(self, derived: Derived, queries: Tensor, truth: Found, target: float) -> None:
-        self._tuned_k = self.index.sample.k
-        derived.setting, self.recall = tune(
+    def _tuned(
+        self, derived: Derived, queries: Tensor, truth: Found, target: float
+    ) -> tuple[Setting, float]:
+        return tune(
             lambda setting: self._measured(derived, setting, queries, truth),
             derived.start,
             derived.knob.limit,
             self._floor(target),
         )
-        derived.holds = self.recall >= self._floor(0.0)
-        if not derived.holds:
-            warnings.warn(
-                f"index {self.index.name!r} reaches a recall of {self.recall:.3f} at most on live"
-                f" queries, min_recall is {self.index.min_recall}: searching exactly from now on",
-                stacklevel=2,
+
+    def _settle(self, derived: Derived, setting: Setting, reached: float) -> None:
+        """Search so hard from now on, or exactly if that is not enough."""
+        derived.setting, self.recall = setting, reached
+        held = self.index.min_recall is None or reached >= self._floor(0.0)
+        if derived.holds and not held:
+            tell(
+                f"index {self.index.name!r} reaches a recall of {reached:.3f} at most on live"
+                f" queries, min_recall is {self.index.min_recall}: searching exactly from now on"
             )
+        derived.holds = held
 
     def _truth(self, queries: Tensor) -> Found:
         # Without the lock, which a scan would hold for long: a row that changes meanwhile is
@@ -238,6 +257,10 @@ class Upkeep:
         hard = current.setting.effort > STRAINED * self._built_effort
         return worn or hard or self._imbalance > UNEVEN * self._built_imbalance
 
+    def _build_now(self) -> bool:
+        busy = self._builder is not None and self._builder.is_alive()
+        return not busy and self._rebuild_due()
+
     def _rebuild_if_due(self) -> None:
         if self._rebuild_due():
             self._build()
@@ -247,7 +270,7 @@ class Upkeep:
         assert self._worker is not None
         worker = self._worker
         with contextlib.suppress(Abandoned):
-            self._guarded(lambda: self._build(lambda: worker.stopped))
+            self._guarded("rebuild", lambda: self._build(lambda: worker.stopped))
 
     def _build(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Build beside what is searched, then swap: readers see one or the other, whole."""
@@ -261,7 +284,7 @@ class Upkeep:
                 if built_rows:
                     derived.build(stopped)
                     self._catch_up(derived)
-                    self._settle(derived)
+                    self._choose(derived)
                     self._catch_up(derived)
                 with index.table.lock.write():
                     index.current, self._built_rows = index.next, built_rows
@@ -277,8 +300,8 @@ class Upkeep:
             with self.index.table.lock.read():  # keeps writers, who mark rows, out
                 derived.absorb(ABSORBED_AT_ONCE)
 
-    def _settle(self, derived: Derived) -> None:
-        """Choose how hard to look, on live queries, or on rows while there are none."""
+    def _choose(self, derived: Derived) -> None:
+        """How hard to look, found on live queries, or on rows while there are none."""
         index = self.index
         if index.min_recall is None:
             return
@@ -288,16 +311,26 @@ class Upkeep:
             target = CAUTIOUS
             live = index.table.live[: index.table.extent].nonzero().squeeze(1)
             queries = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
-        self._tune(derived, queries, self._truth(queries), target)
+        self._tuned_k = index.sample.k
+        self._settle(derived, *self._tuned(derived, queries, self._truth(queries), target))
 
-    def _guarded(self, action: Callable[[], object]) -> None:
+    def _guarded(self, name: str, action: Callable[[], object]) -> None:
         """Upkeep that fails leaves the index as it was, and true: it is tried again later."""
         try:
             action()
         except Abandoned:
             raise
         except Exception as error:
-            first, self.error = self.error is None, error
+            first = name not in self._errors
+            self._errors[name] = error
             self._failed_at = time.monotonic()
             if first:
-                warnings.warn(f"upkeep of index {self.index.name!r}: {error!r}", stacklevel=2)
+                tell(f"upkeep of index {self.index.name!r}: {error!r}")
+        else:
+            self._errors.pop(name, None)
+
+
+def tell(message: str) -> None:
+    """Warn; where warnings are errors, upkeep goes on all the same (`stats` has it too)."""
+    with contextlib.suppress(UserWarning):
+        warnings.warn(message, stacklevel=3)

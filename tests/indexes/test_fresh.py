@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import sparsemem.indexes.derived as derived_module
 from sparsemem.indexes.derived import Derived
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.factory import make_index
@@ -239,6 +240,92 @@ def test_a_greater_k_is_tuned_for():
     assert agreement(index, queries, 60) >= 0.93
 
 
+def test_no_queries_are_no_reason_to_look_harder():
+    index = make(min_recall=0.95)
+    for _ in range(40):
+        index.current.absorbed += 1
+        found = index.search(torch.zeros(0, W), K)
+    assert found.ids.shape == (0, K)
+
+
+def test_a_check_of_what_was_replaced_meanwhile_says_nothing(monkeypatch):
+    index = make(min_recall=0.9)
+    index.search(clustered(150, seed=1), K)
+    before, measured = index.stats()["recall"], index.upkeep._measured
+
+    def swapped(derived, *arguments):
+        monkeypatch.undo()
+        measured(derived, *arguments)
+        index.current = Derived(index.table, index.metric, LISTS)
+        index.current.build()
+        return 0.1
+
+    monkeypatch.setattr(index.upkeep, "_measured", swapped)
+    monkeypatch.setattr(index.upkeep, "_tuned", lambda *_: (index.current.start, 0.1))
+    index.upkeep._changes = 10**6
+    index.search(clustered(10, seed=1), K)
+    assert index.stats()["recall"] == before
+    assert index.current.holds
+
+
+def test_a_rebuild_that_could_wait_for_itself_is_refused():
+    index = make(background=True)
+    with (
+        index.table.lock.write(),
+        pytest.raises(RuntimeError, match=r"rebuild\(\) under table.lock.write\(\) could wait"),
+    ):
+        index.rebuild()
+    index.close()
+
+
+def test_few_rows_left_are_scanned(monkeypatch):
+    index = make(min_recall=None, exact_below=50)
+    index.upkeep._failed_at = time.monotonic()  # no rebuild: the entries stay
+    index.remove(torch.arange(20, N))
+
+    def fail(*arguments):
+        raise AssertionError("the index was asked")
+
+    monkeypatch.setattr(Derived, "candidates", fail)
+    assert agreement(index, clustered(10, seed=1)) == 1.0
+    assert index.stats()["exact"]
+
+
+def test_where_stale_entries_hide_too_much_a_scan_finds_the_rest(monkeypatch):
+    monkeypatch.setattr(derived_module, "MOST_CANDIDATES", 64)
+    rows = clustered(4000)
+    index = make("Flat", rows=rows, min_recall=None, exact_below=1)
+    index.upkeep._failed_at = time.monotonic()
+    near = index.search(rows[:1], 1500).ids[0, :1400]
+    index.remove(near)
+    assert agreement(index, rows[:1]) == 1.0
+    assert index.stats()["scans"] > 0
+
+
+def test_the_same_row_told_twice_is_found_once():
+    index = make(min_recall=None)
+    index.changed(torch.tensor([3, 3]))
+    assert index.search(index.table.rows[3:4], 3).ids[0].unique().numel() == 3
+
+
+def test_refined_codes_take_the_effort_too():
+    index = make("IVF16,PQ4np,RFlat", min_recall=None)
+    assert agreement(index, clustered(20, seed=1)) > 0.3
+    index.current.setting = index.current.setting._replace(effort=16)
+    assert agreement(index, clustered(20, seed=1)) > 0.9
+
+
+def test_an_error_is_gone_from_the_stats_once_it_works_again(monkeypatch):
+    index = make(buffer_rows=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Derived, "absorb", lambda *_: 1 / 0)
+        with pytest.warns(UserWarning, match="upkeep"):
+            index.update(torch.arange(20), clustered(20, seed=1))
+    assert "division" in index.stats()["error"]
+    index.update(torch.arange(20), clustered(20, seed=1))
+    assert index.stats()["error"] is None
+
+
 def test_trained_anew_after_growth_wear_and_crowding():
     rows = clustered(4000)
     table = RowTable(rows.clone(), torch.arange(4000) < 100)
@@ -350,6 +437,7 @@ def test_many_centroids_are_looked_up_in_lists():
     [
         ("IVF16,Flatt", {}, "index is 'IVF16,Flatt', expected 'exact', 'product-key' or a FAISS"),
         ("IVF16,PQ3", {}, "that suits rows of width 8, such as 'IVF4096,Flat'"),
+        ("IDMap,Flat", {}, "index is 'IDMap,Flat', expected one without IDMap"),
         (LISTS, {"buffer_row": 3}, "unknown option 'buffer_row' of index 'IVF16,Flat': did you"),
         ("exact", {"min_recall": 0.5}, "unknown option 'min_recall' of index 'exact'"),
         (LISTS, {"min_recall": 1.5}, "min_recall is 1.5, expected a number from 0 to 1"),

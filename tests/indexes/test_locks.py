@@ -91,3 +91,45 @@ def test_given_back_after_an_error():
             raise KeyError
     with lock.write():
         assert lock.is_writing()
+
+
+def test_a_reader_gets_in_between_two_writes_of_one_thread():
+    lock, order = ReadWriteLock(), []
+
+    def read():
+        with lock.read():
+            order.append("reader")
+
+    with lock.write():
+        reader = start(read)
+        while not lock._parked:
+            time.sleep(0.001)
+    for _ in range(3):
+        with lock.write():
+            order.append("writer")
+    reader.join(5)
+    assert order == ["reader", "writer", "writer", "writer"]
+
+
+def test_many_threads_come_and_go():
+    lock, inside, ended = ReadWriteLock(), [0, 0], []
+
+    def work(seed):
+        for number in range(200):
+            if (number + seed) % 3:
+                with lock.read():
+                    inside[0] += 1
+                    assert inside[1] == 0
+                    inside[0] -= 1
+            else:
+                with lock.write():
+                    inside[1] += 1
+                    assert inside[1] == 1
+                    inside[1] -= 1
+        ended.append(seed)
+
+    threads = [start(lambda seed=seed: work(seed)) for seed in range(6)]
+    for thread in threads:
+        thread.join(30)
+    assert sorted(ended) == list(range(6))
+    assert (lock._parked, lock._owed, lock._waiting, lock._readers) == (0, 0, 0, {})
