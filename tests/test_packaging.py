@@ -208,13 +208,24 @@ def test_the_changelog_knows_the_version(repository):
     assert f"## [{project['version']}]" in (repository / "CHANGELOG.md").read_text()
 
 
-def test_the_readme_example_runs(repository):
-    (example,) = re.findall(r"```python\n(.+?)```", (repository / "README.md").read_text(), re.S)
-    names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert names["output"].shape == (16, 10, 8)
-    assert all(p.grad is not None for p in names["model"].parameters())
-    assert torch.isfinite(names["loss"])
+def readme_examples(repository) -> list[dict[str, object]]:
+    """The names that each example of the README leaves behind."""
+    examples = re.findall(r"```python\n(.+?)```", (repository / "README.md").read_text(), re.S)
+    results: list[dict[str, object]] = [{} for _ in examples]
+    for example, names in zip(examples, results, strict=True):
+        exec(compile(example, "README.md", "exec"), names)
+    return results
+
+
+def test_the_readme_examples_run(repository):
+    model, bank = readme_examples(repository)
+    assert model["output"].shape == (16, 10, 8)
+    assert all(p.grad is not None for p in model["model"].parameters())
+    assert torch.isfinite(model["loss"])
+    assert bank["hit"].values.shape == (16, 8, 32)
+    assert bank["bank"].stats()["num_live"] == 99_990
+    assert bank["bank"].values.grad._nnz() > 0
+    bank["bank"].close()
 
 
 def test_annotations_are_executed():
