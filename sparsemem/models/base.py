@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsemem.checks import check_finite, check_like, check_size
+from sparsemem.models.precision import is_autocast
 
 
 class Access(NamedTuple):
@@ -117,5 +118,8 @@ class MemoryModel(nn.Module):
                 f"input has shape {tuple(input.shape)}, expected [batch, steps, {self.input_size}]"
                 " with at least one sequence and one step"
             )
-        check_like("input", input, self.output.weight)
+        # What a layer before this one gives under autocast is as good as the parameters' dtype.
+        mixed = is_autocast(input) and input.dtype == torch.get_autocast_dtype(input.device.type)
+        if not mixed:
+            check_like("input", input, self.output.weight)
         check_finite("input", input)

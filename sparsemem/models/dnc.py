@@ -19,6 +19,7 @@ from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
 from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
 from sparsemem.models.dense import DenseCell, dense_access, features
+from sparsemem.models.precision import outside_autocast
 
 
 class DNCState(NamedTuple):
@@ -170,7 +171,14 @@ class DNCCell(DenseCell):
         if reads is None:
             reads = input.new_zeros(len(input), self.num_heads, self.slot_dim)
         hidden, controller = self.controller(features(input, reads), state.controller)
-        interface = self._split(self.interface(hidden))
+        step, vector = partial(self._step, state), self.interface(hidden)
+        return outside_autocast(step, state.memory.rows, hidden, vector, controller)  # type: ignore[no-any-return]
+
+    def _step(
+        self, state: DNCState, hidden: Tensor, vector: Tensor, controller: ControllerState
+    ) -> tuple[Tensor, DNCState]:
+        """Write, then read, as the interface vector says."""
+        interface = self._split(vector)
         state = self._read(interface, self._write(interface, state))
         assert state.reads is not None
         return features(hidden, state.reads), state._replace(controller=controller)

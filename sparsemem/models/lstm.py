@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsemem.checks import check_like, check_size
 from sparsemem.models.base import Cell, MemoryModel
 from sparsemem.models.controller import lstm_cell, map_tensors, mover
+from sparsemem.models.precision import outside_autocast
 
 
 class LSTMState(NamedTuple):
@@ -77,7 +78,8 @@ class LSTMCell(Cell):
         self, input: Float[Tensor, "B X"], state: LSTMState
     ) -> tuple[Float[Tensor, "B F"], LSTMState]:
         """Advance one step."""
-        state = LSTMState(*self.lstm(input, tuple(state)))
+        parts = self.lstm(input, tuple(state))
+        state = outside_autocast(LSTMState, self.lstm.weight_hh, *parts)
         return state.hidden, state
 
 

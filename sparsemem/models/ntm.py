@@ -5,6 +5,7 @@ Shape letters: B batch, N slots, W slot width, H heads, S shifts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
 from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
 from sparsemem.models.dense import DenseCell, dense_access, features
+from sparsemem.models.precision import outside_autocast
 
 INITIAL_ROW = 1e-6
 CLIP = 20.0
@@ -139,7 +141,14 @@ class NTMCell(DenseCell):
         if reads is None:
             reads = torch.tanh(self.initial_reads).expand(len(input), -1, -1)
         hidden, controller = self.controller(features(input, reads), state.controller)
-        heads = self.interface(hidden).clamp(-CLIP, CLIP).unflatten(1, (self.num_heads, -1))
+        step, vector = partial(self._step, state), self.interface(hidden)
+        return outside_autocast(step, state.memory.rows, hidden, vector, controller)  # type: ignore[no-any-return]
+
+    def _step(
+        self, state: NTMState, hidden: Tensor, vector: Tensor, controller: ControllerState
+    ) -> tuple[Tensor, NTMState]:
+        """Write, then read, as the interface vector says."""
+        heads = vector.clamp(-CLIP, CLIP).unflatten(1, (self.num_heads, -1))
         writing, reading, erases, words = torch.split(heads, self.head_sizes, -1)
         write_weights = Addressing.from_interface(writing, self.slot_dim).weights(
             state.memory, state.write_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from sparsemem.models.controller import (
     map_tensors,
     mover,
 )
+from sparsemem.models.precision import outside_autocast
 
 NUM_SLOTS, SLOT_DIM = 1_048_576, 32  # unless given, or those of a bank
 INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
@@ -209,7 +211,14 @@ class SAMCell(Cell):
     def forward(self, input: Float[Tensor, "B X"], state: Any) -> tuple[Float[Tensor, "B F"], Any]:
         """One step: (features [h_t, r_t], next state)."""
         hidden, controller = self.controller(torch.cat([input, state.reads], 1), state.controller)
-        interface = self._split(self.interface(hidden))
+        step, values = partial(self._step, state), self.interface(hidden)
+        return outside_autocast(step, state.reads, hidden, values, controller)  # type: ignore[no-any-return]
+
+    def _step(
+        self, state: Any, hidden: Tensor, values: Tensor, controller: ControllerState
+    ) -> tuple[Tensor, Any]:
+        """Write, then read, as the interface's values say."""
+        interface = self._split(values)
         fresh = state.episode.least_recent(self.num_heads)
         write = write_entries(interface, state.read, fresh)
         episode = state.episode.write(*write, interface.word, fresh)
