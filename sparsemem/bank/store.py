@@ -24,6 +24,7 @@ from sparsemem.bank.watching import watch_optimisers
 from sparsemem.checks import check_size, nearest
 from sparsemem.indexes.base import Index
 from sparsemem.indexes.factory import PRODUCT_KEY, make_index
+from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.product_key import ProductTable, num_subkeys
 from sparsemem.indexes.table import RowTable
@@ -146,8 +147,9 @@ class RowStore(nn.Module):
 
         Row optimisers call it, and a hook for torch's own; so does whoever changes keys by hand.
         """
-        self.note_version()
-        self.index.changed(ids[self.book.live.index_select(0, ids)])
+        with self._applying():
+            self.note_version()
+            self.index.changed(ids[self.book.live.index_select(0, ids)])
         if self.journal is not None:
             self.journal.touched(ids)
 
@@ -160,8 +162,7 @@ class RowStore(nn.Module):
 
         Warns the first time: that costs O(N).
         """
-        if not self._is_bound():
-            self.rebind()
+        self._rebind_if_due()
         if self.keys._version == self._known_version or self.has_product_keys:
             return  # product keys are searched as they are
         with self.table.lock.read():  # not in the middle of an optimiser's step
@@ -187,15 +188,21 @@ class RowStore(nn.Module):
         Done by itself after `to`, `load_state_dict` and copying.
         """
         self.index.close()
-        self._derive()
-        self._count()
+        with self.table.lock.write():
+            self._derive(self.table.lock)
+            self._count()
+
+    def _rebind_if_due(self) -> None:
+        if not self._is_bound():
+            self.rebind()
 
     def _count(self) -> None:
         self.book.recount()
         self._room.find_removed()
         self._expiries.restart()
 
-    def _derive(self) -> None:
+    def _derive(self, lock: ReadWriteLock | None = None) -> None:
+        """`lock`: of the table so far, which others may hold or wait for."""
         for parameter in self.parameters(recurse=False):
             own(parameter, self)  # type: ignore[arg-type]
         self._room = Room(self.book)
@@ -205,17 +212,29 @@ class RowStore(nn.Module):
             self.table = ProductTable(self.keys.data, ~self.book.live)
         else:
             self.table = RowTable(self.keys.data, self.book.live)
+        if lock is not None:
+            self.table.lock = lock
         with self.table.lock.write():
             self.index = make_index(self.index_name, self.table, self.metric, **self.index_options)
-        self._bound_to = self.keys.data_ptr(), self.keys.dtype
+        self._bound_to: tuple[int, torch.dtype] | None = self.keys.data_ptr(), self.keys.dtype
         self.note_version()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Alone, without gradients, and with rows out that go at the next call."""
+        self._rebind_if_due()
         with torch.no_grad(), self.table.lock.write():
             self._expire_before(self.book.now + 1)
             yield
+
+    @contextmanager
+    def _applying(self) -> Iterator[None]:
+        """An operation that stops half-way (Ctrl-C) leaves what is derived to be made anew."""
+        try:
+            yield
+        except BaseException:
+            self._bound_to = None
+            raise
 
     def _expire_before(self, time: int) -> None:
         if self._expiries.next > time:
@@ -246,42 +265,45 @@ class RowStore(nn.Module):
             given = {"rows": rows, "values": values, "tags": tags, "expiry": expiry}
             arrays = {name: array for name, array in given.items() if array is not None}
             self.journal.record(Kind.NEW if anew else Kind.PUT, ids, arrays)
-        if anew:
-            self.book.clear(ids)
-            self._forget(ids)
-        going = (expiry != FOREVER) & (expiry != self.book.expiry.index_select(0, ids))
-        self.book.enter(ids, tags, expiry)
-        if rows is not None:
-            self.table.put(ids, rows)
-        elif not self.book.live.index_select(0, ids).all():
-            self._set_live(ids, True)  # product keys: the sub-keys make the row
-        if self.values is not None and values is not None:
-            self.values.data.index_copy_(0, ids, values)
-        if rows is not None or values is not None:
-            self.book.written.index_fill_(0, ids, self.book.now)
-            self.book.accessed(ids)
-        self._expiries.add(ids[going], expiry[going])
-        self._expiries.tidy(self.table.num_live)
-        if rows is not None:
-            self.index.changed(ids)
+        with self._applying():
+            if anew:
+                self.book.clear(ids)
+                self._forget(ids)
+            going = (expiry != FOREVER) & (expiry != self.book.expiry.index_select(0, ids))
+            self.book.enter(ids, tags, expiry)
+            if rows is not None:
+                self.table.put(ids, rows)
+            elif not self.book.live.index_select(0, ids).all():
+                self._set_live(ids, True)  # product keys: the sub-keys make the row
+            if self.values is not None and values is not None:
+                self.values.data.index_copy_(0, ids, values)
+            if rows is not None or values is not None:
+                self.book.written.index_fill_(0, ids, self.book.now)
+                self.book.accessed(ids)
+            self._expiries.add(ids[going], expiry[going])
+            self._expiries.tidy(self.table.num_live)
+            if rows is not None:
+                self.index.changed(ids)
 
     def _drop(self, ids: Int[Tensor, " n"]) -> None:
         """Live rows are gone."""
         if self.journal is not None:
             self.journal.record(Kind.DROP, ids, {})
-        self._set_live(ids, False)
-        self.book.clear(ids)
-        self._room.removed(ids)
-        self._forget(ids)
-        self.index.removed(ids)
+        with self._applying():
+            self._set_live(ids, False)
+            self.book.clear(ids)
+            self._room.removed(ids)
+            self._forget(ids)
+            self.index.removed(ids)
 
     def _flag(self, ids: Int[Tensor, " n"], frozen: Bool[Tensor, " n"]) -> None:
         """Live rows are frozen, or not any more."""
         if self.journal is not None:
             self.journal.record(Kind.FLAG, ids, {"frozen": frozen})
-        self.book.flag(ids, frozen)
-        if not frozen.all():
-            self._room.released()
+        with self._applying():
+            self.book.flag(ids, frozen)
+            if not frozen.all():
+                self._room.released()
 
     def _forget(self, ids: Tensor) -> None:
         for listener in list(self._listeners):
@@ -322,12 +344,11 @@ class RowStore(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RowStore:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self._is_bound():
-            self.rebind()
+        self._rebind_if_due()
         return self
 
     def _is_bound(self) -> bool:
-        """Whether the table still is where the keys are: they may have been moved or replaced."""
+        """Whether the table is of the keys as they lie: not moved, replaced or half written."""
         return (self.keys.data_ptr(), self.keys.dtype) == self._bound_to
 
     def __getstate__(self) -> dict[str, Any]:

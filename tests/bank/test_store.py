@@ -130,6 +130,43 @@ def test_nothing_changes_when_the_journal_fails(bank):
     assert bank.append(rows_of(4, 4)).tolist() == [3, 10, 11, 0]
 
 
+@pytest.mark.parametrize("options", [{}, IVF])
+@pytest.mark.parametrize("place", ["index.changed", "table.set_live", "book.accessed"])
+def test_a_write_that_is_interrupted_is_found_or_was_not_made(options, place, monkeypatch):
+    if options:
+        pytest.importorskip("faiss")
+    bank = MemoryBank(40, 4, metric="l2", **options)
+    bank.append(rows_of(20, 4))
+    owner, name = place.split(".")
+    lock = bank.table.lock
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(bank, owner), name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bank.append(torch.full((1, 4), 50.0))
+    live = bool(bank.book.live[20])
+    assert live == (place != "table.set_live")
+    found = bank.read(torch.full((1, 4), 50.0), 1).ids.tolist() == [[20]]
+    assert (found, bank.stats()["num_live"]) == (live, 20 + live)
+    assert bank.table.lock is lock  # others may wait for it
+    assert bank.append(rows_of(1, 4)).tolist() == [21]  # never used, and row 20 is by now
+
+
+def test_a_removal_that_is_interrupted_is_made_good(bank, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    bank.append(rows_of(2, 4))  # full
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._room, "removed", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bank.remove(torch.tensor([7]))
+    assert bank.append(rows_of(1, 4)).tolist() == [7]
+
+
 def test_listeners_forget_rows_that_go(bank):
     class Listener:
         def __init__(self):
