@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sparsemem.bank.store import RAM
 from sparsemem.checks import check_size
 from sparsemem.files import new_file
 from sparsemem.indexes.base import check_ids
-from sparsemem.indexes.factory import EXACT
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.indexes.kinds import faiss_module, new_faiss_index
 from sparsemem.indexes.metrics import Metric, inverse_norm
 
@@ -87,13 +88,17 @@ def from_embedding(embedding: nn.Embedding, **options: Any) -> MemoryBank:
 
 
 def open_rows(path: str | Path) -> MemoryBank:
-    """A copy of a folder's bank in memory, without its index; the folder is left alone."""
+    """A copy of a folder's bank in memory, searched by a scan; the folder is left alone.
+
+    Product keys stay product keys.
+    """
     path = Path(path)
     manifest, lock = open_folder(path)
     try:
         own = manifest.arguments
         plain = Arguments(**{name: getattr(own, name) for name in Arguments.model_fields})
-        plain = plain.model_copy(update={"index": EXACT})
+        if plain.index != PRODUCT_KEY:  # which is a part of what the bank is
+            plain = plain.model_copy(update={"index": EXACT})
         manifest = manifest.model_copy(update={"arguments": plain})
         return read_bank(MemoryBank, path, manifest, storage=RAM, device=None)[0]
     finally:
@@ -132,7 +137,8 @@ def export_npy(bank: MemoryBank, path: str | Path, table: str = "keys") -> tuple
     """Write the live rows of a table, "keys" or "values", as a .npy array [n, W].
 
     Their ids [n], ascending, go into a file beside it: rows.npy, rows.ids.npy. NumPy has no
-    bfloat16: such rows become float32, which is exact. Returns both paths.
+    bfloat16: such rows become float32, which is exact. Returns both paths. BankError for product
+    keys, whose rows are not stored, and where a file cannot be written.
     """
     path = Path(path)
     source, ids = _table(bank, table), _live(bank)
@@ -165,13 +171,27 @@ def export_faiss(
         if not len(ids):
             raise BankError(f"the index {factory!r} is trained on rows, and the bank has none")
         sample = ids[torch.linspace(0, len(ids) - 1, min(len(ids), TRAINING_ROWS)).long()]
-        index.train(_faiss_rows(source[sample], bank.metric))
+        with _faiss_errors(factory, len(sample)):
+            index.train(_faiss_rows(source[sample], bank.metric))
     labelled = faiss.IndexIDMap2(index)
     for part, rows in _chunks(source, ids):
-        labelled.add_with_ids(_faiss_rows(rows, bank.metric), part.numpy(force=True))
+        with _faiss_errors(factory, len(ids)):
+            labelled.add_with_ids(_faiss_rows(rows, bank.metric), part.numpy(force=True))
     with write_errors(path), new_file(path) as file:
         faiss.write_index(labelled, faiss.PyCallbackIOWriter(file.write))
     return path
+
+
+@contextmanager
+def _faiss_errors(factory: str, count: int) -> Iterator[None]:
+    """Turn what FAISS says of too few rows, or of rows that it cannot take, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].split(": ")[-1]
+        raise BankError(
+            f"the index {factory!r} cannot be made of {count} rows (FAISS: {reason})"
+        ) from error
 
 
 def _table(bank: MemoryBank, name: str) -> Tensor:
@@ -180,6 +200,11 @@ def _table(bank: MemoryBank, name: str) -> Tensor:
     table = bank.keys if name == "keys" else bank.values
     if table is None:
         raise BankError("the bank has no values: its keys are its values")
+    if name == "keys" and bank.has_product_keys:
+        raise BankError(
+            "the bank has product keys, whose rows are pairs of sub-keys and not stored:"
+            " expected its values (--values)"
+        )
     return table.detach()
 
 

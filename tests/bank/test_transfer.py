@@ -180,6 +180,32 @@ def test_the_rows_of_a_folder_are_copied_and_the_folder_left_alone(tmp_path):
     MemoryBank.load(tmp_path / "bank").close()  # it is not locked any more
 
 
+def test_of_product_keys_the_values_are_exported(tmp_path):
+    options = {"index": "product-key", "metric": "ip", "num_rows": 16, "width": 4}
+    bank = new_bank(tmp_path / "bank", **options)
+    bank.write(torch.arange(3), values=torch.randn(3, 2))
+    bank.remove(torch.tensor([1]))
+    bank.close()
+    rows = open_rows(tmp_path / "bank")
+    assert torch.equal(rows.keys, bank.keys)
+    files = export_npy(rows, tmp_path / "values.npy", "values")
+    ids = np.load(files[1])
+    assert ids.tolist() == [0, *range(2, 16)]
+    assert np.array_equal(np.load(files[0]), bank.values.detach().numpy()[ids])
+    with pytest.raises(BankError, match=r"product keys.* not stored: expected its values"):
+        export_npy(rows, tmp_path / "keys.npy")
+    assert not (tmp_path / "keys.npy").exists()
+
+
+@pytest.mark.parametrize("factory", ["IVF4096,Flat", "PQ3"])
+def test_a_faiss_index_that_needs_more_rows_is_refused_by_name(tmp_path, factory):
+    pytest.importorskip("faiss")
+    bank = fill(new_bank())
+    with pytest.raises(BankError, match=rf"index '{factory}' cannot be made of 7 rows \(FAISS: "):
+        export_faiss(bank, tmp_path / "rows.faiss", factory)
+    assert list(tmp_path.iterdir()) == []
+
+
 def has_faiss():
     try:
         import faiss  # noqa: F401
