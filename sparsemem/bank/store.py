@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsemem.bank.arguments import check_dtype
 from sparsemem.bank.book import FOREVER, RowBook
+from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
 from sparsemem.bank.journal import Journal, Kind
 from sparsemem.bank.rows import fill_normal, mapped_zeros, own, zeros
@@ -92,8 +93,8 @@ class RowStore(nn.Module):
             self._fill(initial, seed)
         self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
         self._warned = False
-        self._listeners = weakref.WeakSet()
-        self.journal = None
+        self._listeners, self.journal = weakref.WeakSet(), None
+        self._unrecorded: list[Tensor] = []  # rows that expired and could not be logged
         try:
             self._derive()
         except BaseException:  # a wrong option of the index
@@ -225,6 +226,7 @@ class RowStore(nn.Module):
         self._rebind_if_due()
         with torch.no_grad(), self.table.lock.write():
             self._expire_before(self.book.now + 1)
+            self._record_expired()
             yield
 
     @contextmanager
@@ -243,8 +245,30 @@ class RowStore(nn.Module):
             while self._expiries.next <= time:
                 ids = self._expiries.rows()
                 if len(ids):
-                    self._drop(ids)
+                    self._expire(ids)
                 self._expiries.advance()
+
+    def _expire(self, ids: Tensor) -> None:
+        """Rows go, also where they cannot be logged: a read must not fail for that.
+
+        In a folder they go by their expiry at the latest, as here; see `_record_expired`.
+        """
+        try:
+            self._drop(ids)
+        except BankError:  # closed, of another dtype than the shards, a full disk
+            assert self.journal is not None
+            self.journal.touched(ids)
+            self._unrecorded.append(ids)
+            self._apply_drop(ids)
+
+    def _record_expired(self) -> None:
+        """Log what expired unlogged, before a change that may put other rows in its place."""
+        if self._unrecorded and self.journal is not None:
+            ids = torch.cat(self._unrecorded)
+            gone = ids[~self.book.live.index_select(0, ids)]  # not all after load_state_dict
+            if len(gone):
+                self.journal.record(Kind.DROP, gone, {})
+        self._unrecorded.clear()
 
     def _accessed(self, ids: Tensor) -> None:
         found = ids[ids >= 0]
@@ -289,6 +313,9 @@ class RowStore(nn.Module):
         """Live rows are gone."""
         if self.journal is not None:
             self.journal.record(Kind.DROP, ids, {})
+        self._apply_drop(ids)
+
+    def _apply_drop(self, ids: Tensor) -> None:
         with self._applying():
             self._set_live(ids, False)
             self.book.clear(ids)
@@ -356,7 +383,7 @@ class RowStore(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._listeners, self.journal = weakref.WeakSet(), None
+        self._listeners, self.journal, self._unrecorded = weakref.WeakSet(), None, []
         self._derive()
         self._count()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsemem import MemoryBank
+from sparsemem.bank.errors import BankError
 from sparsemem.bank.journal import Kind
 from sparsemem.bank.rows import bank_of
 
@@ -37,11 +38,11 @@ class Recorder:
     path = None
 
     def __init__(self, bank):
-        self.bank, self.records, self.marks, self.full = bank, [], [], False
+        self.bank, self.records, self.marks, self.full = bank, [], [], None
 
     def record(self, kind, ids, arrays):
         if self.full:
-            raise OSError("no space left")
+            raise self.full
         before = self.bank.book.live[ids].tolist(), self.bank.book.frozen[ids].tolist()
         self.records.append(
             (kind, ids.tolist(), {n: a.tolist() for n, a in arrays.items()}, before)
@@ -113,7 +114,7 @@ def test_nothing_changes_when_the_journal_fails(bank):
     bank.remove(torch.tensor([3]))
     state = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     bank.journal = journal = Recorder(bank)
-    journal.full = True
+    journal.full = OSError("no space left")
     for change in (
         lambda: bank.append(rows_of(5, 4)),
         lambda: bank.write(torch.tensor([1, 3]), rows_of(2, 4)),
@@ -125,7 +126,7 @@ def test_nothing_changes_when_the_journal_fails(bank):
         for name, tensor in bank.state_dict().items():
             if name != "book.clock":
                 assert torch.equal(tensor, state[name]), name
-    journal.full = False
+    journal.full = None
     bank.read(rows_of(1, 4), 1)
     assert bank.append(rows_of(4, 4)).tolist() == [3, 10, 11, 0]
 
@@ -165,6 +166,40 @@ def test_a_removal_that_is_interrupted_is_made_good(bank, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             bank.remove(torch.tensor([7]))
     assert bank.append(rows_of(1, 4)).tolist() == [7]
+
+
+def test_reads_go_on_when_rows_expire_and_the_folder_is_closed(tmp_path):
+    bank = MemoryBank(12, 4, path=tmp_path / "bank")
+    bank.append(rows_of(3, 4), ttl=2)
+    bank.append(rows_of(1, 4, seed=3))
+    bank.close()
+    for _ in range(4):
+        hit = bank.read(rows_of(1, 4), 4)
+    assert hit.ids.tolist() == [[3, -1, -1, -1]]
+    with pytest.raises(BankError, match="was closed"):
+        bank.append(rows_of(1, 4))
+    again = MemoryBank.load(tmp_path / "bank")
+    for _ in range(4):
+        hit = again.read(rows_of(1, 4), 4)
+    assert hit.ids.tolist() == [[3, -1, -1, -1]]
+
+
+def test_rows_that_expire_while_nothing_can_be_logged_are_logged_before_the_next_change(bank):
+    ids = bank.append(rows_of(2, 4), ttl=1)
+    bank.freeze(ids[:1])
+    bank.journal = journal = Recorder(bank)
+    journal.full = BankError("no space left")
+    bank.read(rows_of(1, 4), 1)
+    assert set(bank.read(rows_of(1, 4), 12).ids.flatten().tolist()) == {*range(10), -1}
+    with pytest.raises(BankError, match="no space left"):
+        bank.write(ids[:1], rows_of(1, 4))
+    assert not bank.book.live[ids].any()
+    assert journal.marks == ids.tolist()
+    journal.full = None
+    bank.write(ids[:1], rows_of(1, 4))
+    bank.write(ids[:1], rows_of(1, 4))
+    kinds = [record[:2] for record in journal.records]
+    assert kinds == [(Kind.DROP, [10, 11]), (Kind.PUT, [10]), (Kind.PUT, [10])]
 
 
 def test_listeners_forget_rows_that_go(bank):
