@@ -152,11 +152,11 @@ class BankFolder:
         with self._saving, write_errors(self.path):
             with bank.table.lock.read():  # no writer between the logs
                 start = self._begin_log(bank)
-                state, changed = _state(bank), self._changed
-                self._changed = torch.zeros_like(changed)
-            rows = changed if state == self._state else torch.ones_like(changed)
-            usage = rows | self._used(bank)
+                state, changed = _state(bank), self._changed.clone()
             try:
+                self._changed ^= changed  # marks that come from here on are the next save's
+                rows = changed if state == self._state else torch.ones_like(changed)
+                usage = rows | self._used(bank)
                 manifest = write_files(bank, self.path, start, self._manifest, rows, usage)
                 replace_file(self.path / MANIFEST, encode_manifest(manifest))
             except BaseException:

@@ -234,6 +234,22 @@ def test_a_failed_save_gives_back_its_room(tmp_path, monkeypatch, small_shards):
     assert names(tmp_path / "bank") == sorted([*before, "log-00000002"])
 
 
+def test_a_save_that_is_interrupted_before_it_writes_forgets_no_shard(
+    tmp_path, monkeypatch, small_shards
+):
+    bank = fill(new_bank(tmp_path / "bank"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.BankFolder, "_used", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bank.save()
+    bank.save()
+    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
 def test_a_full_disk_refuses_a_write_and_changes_nothing(tmp_path, monkeypatch):
     bank = fill(new_bank(tmp_path / "bank"))
     expected = rows_of(bank)
