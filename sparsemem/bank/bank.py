@@ -22,7 +22,7 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
-from sparsemem.bank.rows import gather, gather_pairs
+from sparsemem.bank.rows import gather, gather_pairs, new_storage
 from sparsemem.bank.store import RAM, RowStore
 from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
@@ -102,21 +102,22 @@ class MemoryBank(RowStore):
             index_options["min_recall"] = min_recall
         if path is not None:
             check_new_place(path)
-        super().__init__(
-            num_rows,
-            width,
-            value_width,
-            index=index,
-            metric=metric,
-            dtype=dtype,
-            device=device,
-            storage=storage,
-            initial=initial,
-            seed=seed,
-            index_options=index_options,
-        )
-        if path is not None:
-            self.journal = create_folder(self, path, sync)
+        with new_storage(None if storage == RAM else Path(storage)):
+            super().__init__(
+                num_rows,
+                width,
+                value_width,
+                index=index,
+                metric=metric,
+                dtype=dtype,
+                device=device,
+                storage=storage,
+                initial=initial,
+                seed=seed,
+                index_options=index_options,
+            )
+            if path is not None:
+                self.journal = create_folder(self, path, sync)
 
     def save(self, path: str | Path | None = None) -> None:
         """Make all of a durable bank durable, or write a snapshot of any bank to a new folder.
@@ -147,7 +148,8 @@ class MemoryBank(RowStore):
         file that is damaged, and where, or says that another process has the bank open. What a
         crash left of a write that had not returned is cut off, with a warning.
         """
-        return load_bank(cls, path, storage=storage, device=device)
+        with new_storage(None if storage == RAM else Path(storage)):
+            return load_bank(cls, path, storage=storage, device=device)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query.

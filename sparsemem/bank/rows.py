@@ -6,6 +6,8 @@ import math
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +27,18 @@ FILLED_AT_ONCE = 2**20  # random numbers drawn at once
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """Zeros that take no memory before they are touched (on the CPU)."""
+    """Zeros that take no memory before they are touched (on the CPU).
+
+    MemoryError where there are not as many addresses.
+    """
     if math.prod(shape) and (device is None or torch.device(device).type == "cpu"):
         # Zero pages from the system, and small ones: torch.zeros would write every one of them,
         # and of those that numpy asks for (2 MB each) a few hundred scattered rows take 1 GB.
-        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        except (OSError, OverflowError):
+            raise MemoryError(f"the system does not give {size} bytes for {list(shape)}") from None
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
             pages.madvise(mmap.MADV_NOHUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
@@ -40,18 +49,43 @@ def mapped_zeros(path: Path, shapes: list[tuple[int, ...]], dtype: torch.dtype) 
     """Tables of zeros, one after another in a new file mapped into memory.
 
     The file is sparse: it takes up disk as rows are written. OSError where it cannot be made;
-    FileExistsError where there is one already, which is never overwritten.
+    FileExistsError where there is one already, which is never overwritten. `new_storage` removes
+    it when what it is for fails.
     """
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     with open(path, "xb") as file:
         try:
             os.truncate(file.fileno(), sum(sizes))
-        except OSError:
+        except OSError as error:
             path.unlink()
-            raise
+            raise OSError(
+                error.errno,
+                f"cannot make a file of {sum(sizes)} bytes: {error.strerror}",
+                str(path),
+            ) from None
     data = torch.from_numpy(np.memmap(path, np.uint8, "r+"))
     parts = torch.split(data, sizes)
     return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@contextmanager
+def new_storage(path: Path | None) -> Iterator[None]:
+    """The block makes the file of a bank's tables (None: there is none); if it fails, that goes.
+
+    FileExistsError where there is one already, which is left alone.
+    """
+    if path is None:
+        yield
+        return
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"storage is {str(path)!r}, which is there: expected a new file")
+    try:
+        yield
+    except FileExistsError:  # another's, made meanwhile
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def fill_normal(table: Float[Tensor, "n w"], generator: torch.Generator, deviation: float) -> None:

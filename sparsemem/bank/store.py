@@ -84,23 +84,23 @@ class RowStore(nn.Module):
             raise ValueError(f"metric is {str(metric)!r}, {nearest(str(metric), metrics)}")
         if initial not in INITIAL:
             raise ValueError(f"initial is {initial!r}, {nearest(str(initial), INITIAL)}")
+        check_size("seed", seed, 0)
         self.metric = Metric(metric)
         self.index_name, self.index_options = index, index_options
-        self._make_tables(check_dtype(dtype), device, storage)
-        self.book = RowBook(num_rows, device)
-        check_size("seed", seed, 0)
+        try:
+            self._make_tables(check_dtype(dtype), device, storage)
+            self.book = RowBook(num_rows, device)
+        except MemoryError as error:
+            raise MemoryError(
+                f"num_rows is {num_rows}, width is {width}, value_width is {value_width}: {error}"
+            ) from None
         if initial == "normal" or self.has_product_keys:
             self._fill(initial, seed)
         self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
         self._warned = False
         self._listeners, self.journal = weakref.WeakSet(), None
         self._unrecorded: list[Tensor] = []  # rows that expired and could not be logged
-        try:
-            self._derive()
-        except BaseException:  # a wrong option of the index
-            if storage != RAM:
-                Path(storage).unlink()
-            raise
+        self._derive()
         watch_optimisers()
 
     @property

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from sparsemem import MemoryBank
+from sparsemem.bank.errors import BankError
 from sparsemem.bank.rows import bank_of, gather_pairs, mapped_zeros, zeros
+from tests.oracles.bank_state import fill, new_bank, rows_of
 
 MEGABYTE = 2**20
 
@@ -98,3 +100,44 @@ def test_bank_of_a_parameter():
     keys = bank.keys
     del bank
     assert bank_of(keys) is None
+
+
+def test_tables_that_fit_no_memory_are_refused_by_size():
+    message = "num_rows is 100000000000000, width is 4, value_width is None: .* 1600000000000000 b"
+    with pytest.raises(MemoryError, match=message):
+        MemoryBank(10**14, 4)
+    with pytest.raises(MemoryError, match="num_rows is 1"):
+        MemoryBank(10**30, 4)
+
+
+def test_a_bank_that_cannot_be_made_leaves_no_tables(tmp_path, plain_errors):
+    (tmp_path / "file").touch()
+    where = tmp_path / "tables"
+    for options, kind, message in (
+        ({"seed": -1}, ValueError, "seed is -1"),
+        ({"path": tmp_path / "file" / "bank"}, BankError, "cannot write to"),
+        ({"nprobe": 3}, ValueError, "unknown option 'nprobe'"),
+    ):
+        with pytest.raises(kind, match=message):
+            new_bank(storage=where, **options)
+        assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_load_that_fails_leaves_no_tables(tmp_path):
+    fill(new_bank()).save(tmp_path / "bank")
+    shard = next((tmp_path / "bank").glob("rows-*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BankError, match=shard.name):
+        MemoryBank.load(tmp_path / "bank", storage=tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
+    shard.write_bytes(data)
+    bank = MemoryBank.load(tmp_path / "bank", storage=tmp_path / "tables")
+    for make in (
+        lambda: MemoryBank.load(tmp_path / "bank", storage=tmp_path / "tables"),
+        lambda: new_bank(storage=tmp_path / "tables"),
+    ):
+        with pytest.raises(FileExistsError, match=r"storage is '.*tables', which is there"):
+            make()
+    assert len(rows_of(bank)) == 7
+    assert (tmp_path / "tables").stat().st_size == 12 * (3 + 2) * 4
