@@ -46,8 +46,10 @@ def model_options(name: str) -> dict[str, Any]:
         p for init in _inits(name) for p in inspect.signature(init).parameters.values()
     ):
         many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.name != "self" and not many and _is_sayable(kinds[parameter.name]):
-            options.setdefault(parameter.name, parameter.default)
+        sayable = parameter.name != "self" and not many and _is_sayable(kinds[parameter.name])
+        # Where a model's default is None, its cell's counts.
+        if sayable and options.get(parameter.name) is None:
+            options[parameter.name] = parameter.default
     return options
 
 

@@ -27,6 +27,7 @@ from sparsemem.models.controller import (
 from sparsemem.models.precision import outside_autocast
 
 NUM_SLOTS, SLOT_DIM = 1_048_576, 32  # unless given, or those of a bank
+NUM_HEADS, TOP_K = 4, 4
 INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
 
 # Where the gates start (docs/architecture.md): write to fresh slots, read sharply.
@@ -138,10 +139,10 @@ class SAMCell(Cell):
         self,
         input_size: int,
         hidden_size: int,
-        num_slots: int,
-        slot_dim: int,
-        num_heads: int,
-        top_k: int,
+        num_slots: int = NUM_SLOTS,
+        slot_dim: int = SLOT_DIM,
+        num_heads: int = NUM_HEADS,
+        top_k: int = TOP_K,
         controller: ControllerFactory = LSTMController,
         index_after: int | None = INDEX_AFTER,
         strength_bias: float = STRENGTH_BIAS,
@@ -270,19 +271,24 @@ def check_memory_sizes(memory: MemoryBank, num_slots: int, slot_dim: int) -> Non
             raise ValueError(f"{name} is {value}, expected memory's {of} = {expected}")
 
 
-def sizes_over(memory: MemoryBank | None, num_slots: int, slot_dim: int) -> tuple[int, int]:
-    """Slots and their width: a bank's in the place of the defaults."""
-    if isinstance(memory, MemoryBank):
-        num_slots = memory.num_rows if num_slots == NUM_SLOTS else num_slots
-        slot_dim = memory.width if slot_dim == SLOT_DIM else slot_dim
-    return num_slots, slot_dim
+def sizes_over(
+    memory: MemoryBank | None, num_slots: int | None, slot_dim: int | None
+) -> tuple[int, int]:
+    """Slots and their width; where they are not given, a bank's or the defaults."""
+    default_slots, default_dim = NUM_SLOTS, SLOT_DIM
+    if isinstance(memory, MemoryBank):  # else the cell refuses it
+        default_slots, default_dim = memory.num_rows, memory.width
+    return (
+        default_slots if num_slots is None else num_slots,
+        default_dim if slot_dim is None else slot_dim,
+    )
 
 
 class SAM(MemoryModel):
     """Sparse access memory: `output, state = SAM(8, 100, 8)(input [B, T, 8])`, batch first.
 
-    Arguments as in `SAMCell`, and output_size, the width of the output. With `memory=bank` the
-    sizes need not be given: they are the bank's.
+    Arguments as in `SAMCell`, and output_size, the width of the output. num_slots and slot_dim
+    that are None are those of the bank that is given as `memory`, else the cell's defaults.
     """
 
     def __init__(
@@ -290,10 +296,10 @@ class SAM(MemoryModel):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_slots: int = NUM_SLOTS,
-        slot_dim: int = SLOT_DIM,
-        num_heads: int = 4,
-        top_k: int = 4,
+        num_slots: int | None = None,
+        slot_dim: int | None = None,
+        num_heads: int = NUM_HEADS,
+        top_k: int = TOP_K,
         memory: MemoryBank | None = None,
         **options: Any,
     ) -> None:

@@ -16,8 +16,8 @@ from sparsemem.memory.links import TemporalLinks
 from sparsemem.models.base import Access, MemoryModel
 from sparsemem.models.controller import ControllerState, mover
 from sparsemem.models.sam import (
-    NUM_SLOTS,
-    SLOT_DIM,
+    NUM_HEADS,
+    TOP_K,
     HeadInterface,
     SAMCell,
     access_of,
@@ -120,10 +120,10 @@ class SDNC(MemoryModel):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_slots: int = NUM_SLOTS,
-        slot_dim: int = SLOT_DIM,
-        num_heads: int = 4,
-        top_k: int = 4,
+        num_slots: int | None = None,
+        slot_dim: int | None = None,
+        num_heads: int = NUM_HEADS,
+        top_k: int = TOP_K,
         memory: MemoryBank | None = None,
         **options: Any,
     ) -> None:

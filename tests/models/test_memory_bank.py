@@ -318,6 +318,8 @@ class TestRefusals:
         [
             ({"num_slots": 29}, "num_slots is 29, expected memory's num_rows = 30"),
             ({"slot_dim": 6}, "slot_dim is 6, expected memory's width = 5"),
+            ({"num_slots": 1_048_576}, "num_slots is 1048576, expected memory's num_rows = 30"),
+            ({"slot_dim": 32}, "slot_dim is 32, expected memory's width = 5"),
             ({"top_k": 31}, "top_k is 31, expected at most num_slots = 30"),
         ],
     )

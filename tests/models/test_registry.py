@@ -17,7 +17,7 @@ def test_each_model_is_made_by_its_name(name):
 
 def test_options_are_those_of_model_and_cell():
     options = model_options("sam")
-    assert options["num_slots"] == 1_048_576
+    assert (options["num_slots"], options["slot_dim"]) == (1_048_576, 32)
     assert options["hidden_size"] is inspect.Parameter.empty
     assert options["strength_bias"] == 8.0
     assert "controller" not in options
@@ -30,6 +30,16 @@ def test_options_are_those_of_model_and_cell():
 def test_every_option_listed_is_taken(name):
     options = {**model_options(name), "input_size": 3, "hidden_size": 4, "output_size": 2}
     assert type(make_model(name, **options)) is MODELS[name]
+
+
+@pytest.mark.parametrize("name", ["sam", "sdnc"])
+def test_a_size_of_none_is_the_default(name):
+    sizes = {"input_size": 3, "hidden_size": 4, "output_size": 2}
+    model = make_model(name, **sizes, num_slots=None, slot_dim=None)
+    listed = model_options(name)
+    assert model.cell.num_slots == listed["num_slots"] == 1_048_576
+    assert model.cell.slot_dim == listed["slot_dim"] == 32
+    assert (model.cell.num_heads, model.cell.top_k) == (listed["num_heads"], listed["top_k"])
 
 
 @pytest.mark.parametrize(
