@@ -16,9 +16,11 @@ from torch import Tensor
 from sparsemem.bank.arguments import (
     check_bank_ids,
     check_bank_queries,
+    check_index,
     check_live,
     check_table,
     check_tags,
+    check_ttl,
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
@@ -96,6 +98,9 @@ class MemoryBank(RowStore):
     ) -> None:
         if min_recall is not None:
             check_fraction("min_recall", min_recall)
+        if not isinstance(sync, bool):
+            raise TypeError(f"sync is {sync!r}, expected True or False")
+        check_index(index)
         if index == PRODUCT_KEY and value_width is None:
             raise ValueError("value_width is None, expected a width: product keys are no values")
         if index not in (EXACT, PRODUCT_KEY):
@@ -210,7 +215,7 @@ class MemoryBank(RowStore):
         rows = check_table("rows", rows, None, self.width, self.keys)
         values = self._checked_values(values, len(rows))
         new_tags = check_tags(NO_TAG if tags is None else tags, len(rows), self.keys.device)
-        ttl = check_size("ttl", 0 if ttl is None else ttl, 0)
+        ttl = check_ttl(ttl)
         with self._changing():
             limit = self.num_rows - self.book.num_frozen
             check_at_most("len(rows)", len(rows), "num_rows - frozen rows", limit)
@@ -245,8 +250,7 @@ class MemoryBank(RowStore):
             rows = check_table("rows", rows, len(ids), self.width, self.keys)
         values = self._checked_values(values, len(ids))
         new_tags = None if tags is None else check_tags(tags, len(ids), self.keys.device)
-        if ttl is not None:
-            check_size("ttl", ttl, 0)
+        check_ttl(ttl)
         with self._changing():
             if rows is None and not self.has_product_keys:
                 check_live(ids, self.book.live, "expected rows to write there")
