@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MultipleLocator
 
 RANDOM, WRONG, NEIGHBOURS = 6, 4, 5
 RIGHT_COLOUR, WRONG_COLOUR, PLAIN = "tab:green", "tab:red", "0.6"
@@ -86,7 +86,7 @@ def accuracy(axis: Axes, seen: Stream, threshold: float) -> None:
         f"A stream of {len(seen.labels):,} images of {len(seen.labels.unique())} new characters:"
         "\npredict, then store"
     )
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MultipleLocator(2, offset=0))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
 

@@ -22,28 +22,53 @@ TOP_K = 256  # neighbours that the loss looks at
 TEMPERATURE = 0.07  # of the softmax over them
 RATE, DECAY = 2e-3, 1e-4  # of learning (cosine schedule), of weights
 WARM_UP = 50  # steps
-CHANNELS = (32, 64, 128, 128)  # the first, on the largest images, takes most of the time
+CHANNELS = (24, 48, 96)
 WIDTH = 128
 QUERIES = 5  # a class and episode
 WINDOW = 0.02  # share of the newest step in the running averages
 
 
-class Encoder(nn.Sequential):
-    """Four blocks of convolution and pooling, 28 -> 14 -> 7 -> 3 -> 1, and a linear layer."""
+class Residual(nn.Module):
+    """x -> relu(x + f(x)), f two convolutions."""
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS, width: int = WIDTH) -> None:
-        blocks = [
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(2),
-            )
-            for before, after in zip((1, *channels), channels, strict=False)
-        ]
-        super().__init__(*blocks, nn.Flatten(), nn.Linear(channels[-1], width))
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.change = nn.Sequential(
+            *convolution(channels, channels),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The same shape."""
+        return torch.relu(input + self.change(input))
+
+
+class Encoder(nn.Sequential):
+    """Images [n, 1, 28, 28] -> embeddings [n, W]; 28, 14, 7 and 3 pixels wide on the way."""
+
+    def __init__(self, channels: tuple[int, int, int] = CHANNELS, width: int = WIDTH) -> None:
+        first, second, third = channels
+        super().__init__(
+            *convolution(1, first),
+            nn.MaxPool2d(2),
+            *convolution(first, second),
+            nn.MaxPool2d(2),
+            *convolution(second, third),
+            Residual(third),
+            nn.MaxPool2d(2),
+            Residual(third),
+            nn.Flatten(),
+            nn.Linear(3 * 3 * third, width),
+        )
         self.width = width
         self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def convolution(before: int, after: int) -> list[nn.Module]:
+    """3 x 3, batch norm, relu."""
+    convolve = nn.Conv2d(before, after, 3, padding=1, bias=False)
+    return [convolve, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
 
 
 def train(

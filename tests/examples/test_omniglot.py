@@ -16,6 +16,12 @@ MODULES = ("characters", "recognition", "picture", "omniglot")
 DRAWERS = 8
 
 
+@pytest.fixture(autouse=True)
+def _hundred_steps_will_do(example, monkeypatch):
+    monkeypatch.setattr(example["recognition"], "WARM_UP", 20)
+    monkeypatch.setattr(example["recognition"], "RATE", 3e-3)
+
+
 @pytest.fixture(scope="module")
 def example():
     """The folder's modules by name, imported as the programs import each other."""
@@ -175,16 +181,16 @@ def test_training_learns_to_recognise_new_characters(example):
 
     def learn(steps):
         torch.manual_seed(0)
-        encoder = recognition.Encoder((4, 8, 8, 8), 8)
+        encoder = recognition.Encoder((4, 8, 8), 8)
         curve = recognition.train(encoder, drawings(20, 1), steps=steps, batch_size=32, seed=0)
         embedded = recognition.embed(encoder, drawings(20, 2))
         return encoder, curve, recognition.few_shot(embedded, 20, 1, episodes=20, seed=0)
 
     _, _, before = learn(1)
     encoder, curve, after = learn(100)
-    assert after["accuracy"] > before["accuracy"] + 10
+    assert after["accuracy"] > before["accuracy"] + 5
     assert curve[-1]["step"] == 100
-    assert curve[-1]["accuracy"] > 0.04  # of 80 classes, distorted; chance is 0.0125
+    assert curve[-1]["accuracy"] > 0.15  # of 80 classes
     again = learn(100)[0].state_dict()
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, again[name]), name
@@ -192,7 +198,7 @@ def test_training_learns_to_recognise_new_characters(example):
 
 def test_embedding_is_that_of_single_images(example):
     recognition, images = example["recognition"], drawings(3, 0)
-    encoder = recognition.Encoder((4, 4, 4, 4), 5)
+    encoder = recognition.Encoder((4, 4, 4), 5)
     embedded = recognition.embed(encoder, images)
     single = encoder(images[2, 3].view(1, 1, 28, 28).float() / 255)[0]
     torch.testing.assert_close(embedded[2, 3], single)
@@ -206,7 +212,7 @@ def small_program(example, monkeypatch):
     )
     parts = [characters.Characters(drawings(8, seed), ["x"] * 8) for seed in range(3)]
     monkeypatch.setattr(omniglot, "load", lambda data: characters.Parts(*parts))
-    monkeypatch.setattr(omniglot, "Encoder", lambda: recognition.Encoder((4, 8, 8, 8), 8))
+    monkeypatch.setattr(omniglot, "Encoder", lambda: recognition.Encoder((4, 8, 8), 8))
     monkeypatch.setattr(omniglot, "EPISODES", {2: 5, 8: 10})
     monkeypatch.setattr(omniglot, "SHOTS", (1, 3))
     return omniglot
@@ -260,12 +266,12 @@ def test_the_real_characters(example, data_dir):
 def test_a_little_training_on_the_real_characters(example, data_dir):
     recognition, parts = example["recognition"], example["characters"].load(data_dir)
     torch.manual_seed(0)
-    encoder = recognition.Encoder((8, 16, 16, 32), 32)
+    encoder = recognition.Encoder((8, 16, 32), 32)
 
     def accuracy(shot):
         embedded = recognition.embed(encoder, parts.evaluation.images[:60])
         return recognition.few_shot(embedded, 20, shot, episodes=30, seed=0)["accuracy"]
 
     before = accuracy(1)
-    recognition.train(encoder, parts.training.images[:100], steps=100, batch_size=32, seed=0)
-    assert before + 10 < accuracy(1) < accuracy(5)
+    recognition.train(encoder, parts.training.images[:100], steps=100, batch_size=64, seed=0)
+    assert before + 7 < accuracy(1) < accuracy(5)
