@@ -70,7 +70,8 @@ class Episode:
         is a copy of each row touched, made when `search`, `least_recent` or `positions` first
         gave it out; what has happened to the bank's row since is not seen. Gradients of what
         was read reach the bank's rows, from rows first touched since the last `detach`. The
-        bank's index finds its rows; what it misses is not found.
+        bank's index finds its rows; what it misses is not found. What episodes touch does not
+        count as use of the bank's rows (its clock, which rows give way, `select`).
 
         Args:
             bank: rows that are their own values, compared by cosine.

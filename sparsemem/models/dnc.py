@@ -17,7 +17,13 @@ from torch import Tensor
 from sparsemem.memory import addressing
 from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
+from sparsemem.models.controller import (
+    ControllerFactory,
+    ControllerState,
+    LSTMController,
+    map_tensors,
+    mover,
+)
 from sparsemem.models.dense import DenseCell, dense_access, features
 from sparsemem.models.precision import outside_autocast
 

@@ -17,7 +17,13 @@ from sparsemem.checks import check_size
 from sparsemem.memory import addressing
 from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import Access, MemoryModel
-from sparsemem.models.controller import ControllerFactory, LSTMController, map_tensors, mover
+from sparsemem.models.controller import (
+    ControllerFactory,
+    ControllerState,
+    LSTMController,
+    map_tensors,
+    mover,
+)
 from sparsemem.models.dense import DenseCell, dense_access, features
 from sparsemem.models.precision import outside_autocast
 
@@ -148,7 +154,7 @@ class NTMCell(DenseCell):
         self, state: NTMState, hidden: Tensor, vector: Tensor, controller: ControllerState
     ) -> tuple[Tensor, NTMState]:
         """Write, then read, as the interface vector says."""
-        heads = vector.clamp(-CLIP, CLIP).unflatten(1, (self.num_heads, -1))
+        heads = vector.clamp(-CLIP, CLIP).view(len(vector), self.num_heads, -1)
         writing, reading, erases, words = torch.split(heads, self.head_sizes, -1)
         write_weights = Addressing.from_interface(writing, self.slot_dim).weights(
             state.memory, state.write_weights
