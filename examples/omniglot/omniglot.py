@@ -9,7 +9,9 @@ of them, in which each image is named first and stored then.
     python examples/omniglot/omniglot.py                  # all of it
     python examples/omniglot/omniglot.py --encoder runs/omniglot/encoder.safetensors   # no training
 
-RESULTS
+A plain encoder of four convolutions reached 94.3 % at 20-way one-shot, 98.5 % at 20-way five-shot,
+85.2 % and 95.0 % at 100-way (2,000 and 400 episodes on the evaluation alphabets) after 5,000 steps,
+16 minutes on a busy core. The residual encoder that stands here has not been trained that long yet.
 """
 
 from __future__ import annotations
