@@ -13,6 +13,7 @@ import torch
 import typer
 
 from sparsemem.bank import commands as bank_commands
+from sparsemem.console import user_errors
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
@@ -23,7 +24,6 @@ from sparsemem.training.launch import evaluate_run, load_run, resume, start
 from sparsemem.training.run import RunFolder
 from sparsemem.training.trainer import Outcome
 
-USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(
@@ -60,14 +60,9 @@ Checkpoint = Annotated[Which, typer.Option(help="Lowest validation metric, or th
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """One clear line (or one for each problem) and exit code 2, without a traceback."""
-    try:
-        with memory_explained():
-            yield
-    except UserError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        raise typer.Exit(USER_ERROR) from None
+    """See `user_errors`; what does not fit in memory is the user's, too."""
+    with user_errors(), memory_explained():
+        yield
 
 
 @app.command()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sparsemem.cli import INTERRUPTED, USER_ERROR, app
+from sparsemem.cli import INTERRUPTED, app
+from sparsemem.console import USER_ERROR
 from sparsemem.models.registry import MODELS
 from sparsemem.tasks import TASKS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,7 @@ import typer
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.recovery import Summary, inspect_folder, verify_folder
 from sparsemem.bank.transfer import export_faiss, export_npy, from_rows, open_rows, read_table
-from sparsemem.errors import UserError
-
-USER_ERROR = 2
+from sparsemem.console import user_errors, warning_lines
 
 app = typer.Typer(help="Look at, check, export and import memory banks.", no_args_is_help=True)
 
@@ -24,17 +21,9 @@ Folder = Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a ba
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """One clear line and exit code 2, without a traceback; warnings as lines, too."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        except (UserError, ValueError, ImportError, MemoryError) as error:
-            typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
-            raise typer.Exit(USER_ERROR) from None
-        finally:
-            for warning in caught:
-                typer.echo(f"warning: {warning.message}", err=True)
+    """See `user_errors`; a bank's arguments come from the command line, and warnings are lines."""
+    with user_errors(ValueError, ImportError, MemoryError), warning_lines():
+        yield
 
 
 @app.command()
@@ -64,19 +53,24 @@ def export(
     ],
     values: Annotated[bool, typer.Option("--values", help="Values instead of keys.")] = False,
     factory: Annotated[
-        str, typer.Option(help="Kind of the FAISS index, such as IVF4096,Flat.")
-    ] = "Flat",
+        str | None,
+        typer.Option(help="Kind of the FAISS index, such as IVF4096,Flat.  [default: Flat]"),
+    ] = None,
 ) -> None:
     """Write the live rows as a NumPy array, or as a FAISS index whose labels are the row ids."""
     with _user_errors():
         if to.suffix not in (".npy", ".faiss", ".index"):
             raise BankError(f"--to is {to}, expected a name that ends in .npy, .faiss or .index")
+        if to.suffix == ".npy" and factory is not None:
+            raise BankError(f"--factory is {factory}, expected none for a NumPy array ({to})")
+        if not to.parent.is_dir():
+            raise BankError(f"--to is {to}, expected a file in a folder that is there")
         bank, table = open_rows(path), "values" if values else "keys"
         written: tuple[Path, ...]
         if to.suffix == ".npy":
             written = export_npy(bank, to, table)
         else:
-            written = (export_faiss(bank, to, factory, table),)
+            written = (export_faiss(bank, to, factory or "Flat", table),)
         for file in written:
             typer.echo(str(file))
 

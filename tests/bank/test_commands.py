@@ -129,6 +129,18 @@ def test_export_to_something_else_is_refused(path, tmp_path):
     assert "expected a name that ends in .npy, .faiss or .index" in output
 
 
+def test_an_export_that_makes_no_sense_is_one_line(path, tmp_path):
+    for arguments, message in (
+        (["--to", tmp_path / "no" / "rows.npy"], "rows.npy, expected a file in a folder that is"),
+        (["--to", tmp_path / "rows.npy", "--factory", "Flat"], "--factory is Flat, expected none"),
+    ):
+        output = bank_command("export", path, *arguments, code=2)
+        assert output.startswith("error: --")
+        assert len(output.splitlines()) == 1
+        assert message in output
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_import_makes_a_durable_bank(tmp_path):
     rows, values = np.random.default_rng(0).normal(size=(5, 3)), torch.randn(5, 2).double()
     np.save(tmp_path / "rows.npy", rows)
@@ -154,7 +166,8 @@ def test_a_bad_import_is_one_line_and_leaves_nothing(tmp_path, plain_errors):
             ["--from", tmp_path / "rows.npy", "--values", tmp_path / "few.npy"],
             "values has shape [4, 3], expected [5, *]",
         ),
-        (["--from", tmp_path / "rows.npy", "--num-rows", 3], "ids holds 4, expected 0 .. 2"),
+        (["--from", tmp_path / "rows.npy", "--num-rows", 3], "num_rows is 3, expected at least 5"),
+        (["--from", tmp_path / "rows.npy", "--num-rows", 10**14], "num_rows is 100000000000000, w"),
         (["--from", tmp_path / "rows.npy", "--metric", "cos"], "metric is 'cos'"),
         (["--from", tmp_path / "nan.npy"], "nan"),
     ):

@@ -60,7 +60,7 @@ def test_rows_and_ids_that_do_not_fit_are_refused(plain_errors):
         ({"values": rows[1:]}, r"values has shape \[3, 3\], expected \[4, \*\]"),
         ({"ids": torch.arange(5)}, "ids has 5 entries, expected 4, one for each row"),
         ({"ids": torch.tensor([0, 1, 2, 1])}, "ids holds 1 more than once"),
-        ({"num_rows": 3}, "ids holds 3, expected 0 .. 2"),
+        ({"num_rows": 3}, "num_rows is 3, expected at least 4, one a row"),
         ({"num_rows": 0}, "num_rows is 0, expected at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
