@@ -124,6 +124,7 @@ class BankFolder:
         self._manifest = manifest
         self._number = tail.number
         self._log = Log(log_path(path, tail.number), tail.size, tail.sequence, manifest.sync)
+        self._process = os.getpid()
         self._lock = lock  # from here on it is this object's to let go of
         self._saving = threading.Lock()
         self._changed = torch.zeros(Layout.of(manifest.arguments).num_shards, dtype=torch.bool)
@@ -191,6 +192,11 @@ class BankFolder:
         bank = self._bank()
         if bank is None or self._lock < 0:
             raise BankError(f"{self.path} was closed: MemoryBank.load opens it again")
+        if self._process != os.getpid():  # a forked child shares the lock and the log's file
+            raise BankError(
+                f"{self.path} belongs to process {self._process}, which opened it: expected no"
+                f" change from process {os.getpid()}"
+            )
         return bank
 
     def _begin_log(self, bank: RowStore) -> Manifest:

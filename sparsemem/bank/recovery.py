@@ -185,6 +185,7 @@ def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], Non
     for number in itertools.count(manifest.save):
         file = log_path(path, number)
         if last is not None and not file.exists():
+            _check_last(path, number)
             break
         reader, records = LogReader(file), 0 if last is None else last.records
         for record in reader:
@@ -197,6 +198,7 @@ def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], Non
         if reader.torn:
             _warn_torn(reader)
         if not reader.end and last is not None:
+            _check_last(path, number)
             break  # it was never begun: a save was stopped before anything else
         if not reader.end or (last is not None and last.torn):
             raise DamagedError(f"{file} is torn: it does not go on from what was logged before it")
@@ -204,6 +206,16 @@ def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], Non
         last = Tail(number, reader.end, sequence, records, reader.torn)
     assert last is not None
     return last
+
+
+def _check_last(path: Path, number: int) -> None:
+    """Refuse a folder with logs of greater numbers than one that is missing or never begun."""
+    later = [file for file in path.glob("log-*") if file.name[4:].isdecimal()]
+    if any(int(file.name[4:]) > number for file in later):
+        missing = log_path(path, number)
+        raise DamagedError(
+            f"cannot read {missing}: it is missing or was never begun, and later logs are there"
+        )
 
 
 def check_operation(record: Record, layout: Layout, place: str) -> None:

@@ -352,3 +352,38 @@ def test_logs_must_go_on_from_one_another(tmp_path, monkeypatch):
     second.unlink()
     with pytest.warns(UserWarning, match=r"log-00000000 has a torn tail"):
         assert len(rows_of(MemoryBank.load(tmp_path / "bank"))) == 0
+
+
+def test_a_log_that_is_missing_among_others_is_named(tmp_path, monkeypatch):
+    bank = new_bank(tmp_path / "bank")
+    for _ in range(2):
+        bank.append(torch.randn(1, 3))
+        with monkeypatch.context() as patch:
+            fail_at(patch, folder, "replace_file", 0, errno.ENOSPC)
+            with pytest.raises(BankError):
+                bank.save()
+    bank.append(torch.randn(1, 3))
+    bank.close()
+    (tmp_path / "bank" / "log-00000001").unlink()
+    for use in (MemoryBank.load, verify_folder):
+        with pytest.raises(DamagedError, match="log-00000001: it is missing or was never begun"):
+            use(tmp_path / "bank")
+    assert "log-00000002" in names(tmp_path / "bank")
+
+
+def test_a_forked_child_cannot_write_to_a_bank(tmp_path):
+    bank = fill(new_bank(tmp_path / "bank"))
+    expected, log = rows_of(bank), tmp_path / "bank" / "log-00000000"
+    size = log.stat().st_size
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for change in (lambda: bank.append(torch.randn(1, 3)), bank.save):
+            try:
+                change()
+            except BankError as error:
+                refused += "belongs to process" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert log.stat().st_size == size
+    assert rows_of(reopened(bank, tmp_path / "bank")) == expected

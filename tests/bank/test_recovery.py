@@ -236,8 +236,10 @@ def test_a_log_that_was_never_begun_is_left_out(tmp_path):
 
 
 def test_leftovers_go_and_other_files_stay(tmp_path):
-    new_bank(tmp_path / "bank").close()
-    for name in ("rows-00007-00000009.safetensors", "log-00000009", ".manifest.json.part", "mine"):
+    bank = new_bank(tmp_path / "bank")
+    bank.save()
+    bank.close()
+    for name in ("rows-00007-00000009.safetensors", "log-00000000", ".manifest.json.part", "mine"):
         (tmp_path / "bank" / name).write_text("x")
     MemoryBank.load(tmp_path / "bank")
-    assert names(tmp_path / "bank") == ["log-00000000", "manifest.json", "mine"]
+    assert names(tmp_path / "bank") == ["log-00000001", "manifest.json", "mine"]
