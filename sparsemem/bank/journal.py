@@ -76,9 +76,15 @@ class Record(NamedTuple):
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as the bytes of a safetensors file."""
-    return safetensors.torch.save(
-        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    )
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory: keys given as values too, say.
+        own[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return safetensors.torch.save(own)
 
 
 def encode_record(kind: Kind, sequence: int, arrays: Mapping[str, Tensor]) -> bytes:
@@ -94,12 +100,20 @@ class Log:
     def __init__(self, path: Path, size: int, sequence: int, sync: bool) -> None:
         """Go on with a log of `size` whole bytes, whose next record has number `sequence`."""
         self.path = path
-        self.size = size
-        self.sequence = sequence
+        self._end = size, sequence  # one assignment: an interrupt changes both or neither
         self._sync = sync
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._ragged = True  # there may be bytes behind `size`
         self._trim()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all records."""
+        return self._end[0]
+
+    @property
+    def sequence(self) -> int:
+        """Number of the next record."""
+        return self._end[1]
 
     @classmethod
     def create(cls, path: Path, bank: str, sequence: int, sync: bool) -> Log:
@@ -121,25 +135,23 @@ class Log:
         data = encode_record(kind, self.sequence, arrays)
         try:
             self._trim()
-            self._ragged = True
             _write_whole(self._file, data)
             if self._sync:
                 os.fsync(self._file)
+            self._end = self.size + len(data), self.sequence + 1
         except OSError as error:
             self._take_back()
             raise BankError(
                 f"cannot write to {self.path}: {error.strerror or error};"
                 " the bank is as it was before this operation"
             ) from error
-        except BaseException:  # an interrupt between two parts of a record
+        except BaseException:  # an interrupt before the record counts
             self._take_back()
             raise
-        self._ragged = False
-        self.size += len(data)
-        self.sequence += 1
 
     def flush(self) -> None:
-        """Wait until all records are on the disk."""
+        """Wait until all records, and nothing else, are on the disk."""
+        self._trim()
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -149,9 +161,8 @@ class Log:
         self._file = -1
 
     def _trim(self) -> None:
-        if self._ragged:
+        if os.fstat(self._file).st_size > self.size:
             os.ftruncate(self._file, self.size)
-            self._ragged = False
 
     def _take_back(self) -> None:
         """Cut off a record that failed; if that fails too, the next append tries again first."""

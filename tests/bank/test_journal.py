@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsemem import MemoryBank
 from sparsemem.bank import journal
 from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.bank.journal import HEADER_BYTES, Kind, Log, LogReader, encode_record
@@ -227,6 +228,51 @@ def test_a_write_that_could_not_be_taken_back_is_taken_back_before_the_next(tmp_
     assert reader.torn == 0
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_an_interrupt_behind_a_whole_record_takes_it_back(tmp_path, monkeypatch, sync):
+    log = Log.create(tmp_path / "log", BANK, 0, sync=sync)
+
+    def no_truncate(file, length):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def interrupt(file, data):
+        real(file, data)
+        raise KeyboardInterrupt
+
+    real = journal._write_whole
+    for fails in (False, True):  # whether the record cannot be taken back at once
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "_write_whole", interrupt)
+            if fails:
+                patch.setattr(journal.os, "ftruncate", no_truncate)
+            with pytest.raises(KeyboardInterrupt):
+                log.append(Kind.PUT, arrays(1))
+    log.append(Kind.PUT, arrays(2))
+    log.close()
+    records, reader = read(tmp_path / "log")
+    assert [r.arrays["ids"][0].item() for r in records[1:]] == [2]
+    assert (reader.sequence, reader.torn) == (2, 0)
+
+
+def test_an_interrupt_before_a_record_counts_takes_it_back(tmp_path, monkeypatch):
+    log = Log.create(tmp_path / "log", BANK, 0, sync=False)
+
+    class Interrupted(Log):
+        def __setattr__(self, name, value):
+            if name in ("size", "_end"):  # behind the record, before it counts
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    log.__class__ = Interrupted
+    with pytest.raises(KeyboardInterrupt):
+        log.append(Kind.PUT, arrays(1))
+    log.__class__ = Log
+    log.append(Kind.PUT, arrays(2))
+    log.close()
+    records, _ = read(tmp_path / "log")
+    assert [r.arrays["ids"][0].item() for r in records[1:]] == [2]
+
+
 def test_a_write_in_several_parts_is_one_record(tmp_path, monkeypatch):
     real = os.write
     log = Log.create(tmp_path / "log", BANK, 0, sync=False)
@@ -268,3 +314,15 @@ def test_a_log_that_cannot_be_begun_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_header_is_32_bytes():
     assert HEADER_BYTES == 32
+
+
+def test_one_tensor_for_two_tables_is_recorded(tmp_path):
+    rows = torch.randn(3, 4)
+    bank = MemoryBank(10, 4, 4, path=tmp_path / "bank")
+    bank.append(rows, rows)
+    bank.write(torch.arange(2), rows[:2], rows[1:])
+    bank.close()
+    loaded = MemoryBank.load(tmp_path / "bank")
+    assert torch.equal(loaded.keys[:3], rows)
+    assert torch.equal(loaded.values[:3], torch.cat([rows[1:], rows[2:]]))
+    loaded.close()
