@@ -4,6 +4,12 @@ Both are the same transformer but for one feed-forward block, which is a MemoryL
 dense block of as many multiply-adds in the other. Same text, same batches, same number of steps;
 each variant has its own best learning rates of those tried.
 
+1,500 steps of 16 x 128 characters, seed 0, on one core of a busy machine:
+
+    variant   multiply-adds a character   validation loss   minutes
+    dense                       681,088             1.681         7
+    memory                      681,216             1.607        14
+
     python examples/charlm/memory_vs_dense.py train dense
     python examples/charlm/memory_vs_dense.py train memory
     python examples/charlm/memory_vs_dense.py draw
@@ -44,7 +50,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Of the network and of the memory's values: the best of those tried (see above).
-RATES = {"dense": (3e-3, 3e-3), "memory": (3e-3, 3e-3)}
+RATES = {"dense": (3e-3, 3e-3), "memory": (3e-3, 1e-1)}
 COLOURS = {"dense": "tab:blue", "memory": "tab:red"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="Folder of curves and of the model with the memory.")]
