@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from characters import DATA, FILE, Parts, load, turned
+from characters import DATA, FILE, ROOT, Parts, load, turned
 from picture import draw
 from recognition import Encoder, best_threshold, by_sight, correct, embed, few_shot, stream, train
 from safetensors.torch import load_model, save_model
@@ -63,9 +63,9 @@ def evaluated(name: str, embedded: torch.Tensor, seed: int, episodes: dict[int, 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with omniglot/omniglot-28.npz.")] = DATA,
     run: Annotated[Path, typer.Option(help="Folder for what comes out.")] = Path("runs/omniglot"),
-    picture: Annotated[Path, typer.Option(help="The picture.")] = Path("docs/omniglot.png"),
+    picture: Annotated[Path, typer.Option(help="To draw.")] = ROOT / "docs" / "omniglot.png",
     encoder: Annotated[Path | None, typer.Option(help="Trained before: do not train.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 8000,
+    steps: Annotated[int, typer.Option(min=1)] = 6000,
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
     episodes: Annotated[int | None, typer.Option(min=2, help="Of each kind.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
