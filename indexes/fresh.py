@@ -35,7 +35,8 @@ class FreshIndex(Index):
     Args:
         table, metric: as for every index.
         name: FAISS factory string.
-        min_recall: floor of the recall; None: measured, but never tuned.
+        min_recall: floor of the recall that it is tuned for; None: measured, but never tuned.
+            Between a drift and the tuning or training that answers it recall can be lower.
         background: False: upkeep runs within the calls that make it due, which is
             deterministic.
         buffer_rows: changed rows beyond which they are absorbed.

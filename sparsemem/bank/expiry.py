@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsemem.bank.book import RowBook
+from sparsemem.bank.book import FOREVER, RowBook
 
 SLACK = 1024  # entries out of date that are never worth a clean-up
 
@@ -54,12 +54,18 @@ class ExpirySchedule:
         self._entries -= sum(len(ids) for ids in self._rows.pop(heapq.heappop(self._times)))
 
     def tidy(self, num_live: int) -> None:
-        """Start afresh from the book, O(N), if most entries are out of date."""
-        if self._entries > 2 * num_live + SLACK:
-            self.restart()
+        """Leave out what is out of date, if most entries are: O(1) an entry that was added."""
+        if self._entries <= 2 * num_live + SLACK:
+            return
+        ids = torch.unique(torch.cat([part for parts in self._rows.values() for part in parts]))
+        self._start(ids[self._book.live.index_select(0, ids)])
 
     def restart(self) -> None:
         """Schedule the rows that the book has an expiry for: O(N)."""
+        self._start((self._book.expiry.ne(0) & self._book.live).nonzero().squeeze(1))
+
+    def _start(self, ids: Tensor) -> None:
+        """Schedule these live rows, those that are to go, and no others."""
         self._times, self._rows, self._entries = [], {}, 0
-        ids = (self._book.expiry.ne(0) & self._book.live).nonzero().squeeze(1)
-        self.add(ids, self._book.expiry.index_select(0, ids))
+        expiry = self._book.expiry.index_select(0, ids)
+        self.add(ids[expiry != FOREVER], expiry[expiry != FOREVER])

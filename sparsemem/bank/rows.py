@@ -173,3 +173,18 @@ def bank_of(parameter: Tensor) -> MemoryBank | None:
     """The bank whose rows a parameter holds, or None."""
     owner: Owner | None = getattr(parameter, "memory_bank", None)
     return None if owner is None else owner.bank
+
+
+def without_rows(gradient: Tensor, ids: Int[Tensor, " n"]) -> Tensor:
+    """A row-sparse gradient without the entries of some rows."""
+    place = gradient._indices()
+    kept = ~torch.isin(place[0], ids)
+    if kept.all():
+        return gradient
+    return torch.sparse_coo_tensor(
+        place[:, kept],
+        gradient._values()[kept],
+        gradient.shape,
+        is_coalesced=gradient.is_coalesced(),
+        check_invariants=False,
+    )

@@ -18,6 +18,7 @@ from sparsemem.bank.book import RowBook
 from sparsemem.bank.rows import zeros
 
 PENDING = 2**16  # ids kept as they come, at least
+PIECES = 1024
 SHARE = 64  # of the rows, one in so many, at most
 
 
@@ -52,6 +53,8 @@ class Tally:
         with self._lock:
             self._pending.append(ids)
             self._size += len(ids)
+            if len(self._pending) > PIECES:  # a tensor weighs far more than an id
+                self._pending = [torch.cat(self._pending)]
             if self._size > max(PENDING, self._num_rows // SHARE):
                 self._add_up()
 

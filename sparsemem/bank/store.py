@@ -18,7 +18,7 @@ from sparsemem.bank.book import FOREVER, RowBook
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
 from sparsemem.bank.journal import Journal, Kind
-from sparsemem.bank.rows import fill_normal, mapped_zeros, own, zeros
+from sparsemem.bank.rows import fill_normal, mapped_zeros, own, without_rows, zeros
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
@@ -149,14 +149,22 @@ class RowStore(nn.Module):
         Row optimisers call it, and a hook for torch's own; so does whoever changes keys by hand.
         """
         with self._applying():
-            self.note_version()
+            if not self._untold:
+                self.note_version()
             self.index.changed(ids[self.book.live.index_select(0, ids)])
         if self.journal is not None:
             self.journal.touched(ids)
 
+    def expect_change(self) -> None:
+        """Be told, under `table.lock.write()`, that keys are about to be changed in place.
+
+        So what somebody else changed before, and did not tell of, is not taken for told.
+        """
+        self._untold |= self.keys._version != self._known_version
+
     def note_version(self) -> None:
         """What changed the keys so far has told of it."""
-        self._known_version = self.keys._version
+        self._known_version, self._untold = self.keys._version, False
 
     def refresh(self) -> None:
         """Have the index look at all keys if they were changed in place and nobody told.
@@ -181,7 +189,7 @@ class RowStore(nn.Module):
         self.index.rebuild()
         if self.journal is not None:
             self.journal.touched(self.book.live.nonzero().squeeze(1))
-        self._known_version = max(self._known_version, version)
+        self._known_version, self._untold = version, False
 
     def rebind(self) -> None:
         """Derive table, index and counts anew from the parameters and the book: O(N).
@@ -302,6 +310,7 @@ class RowStore(nn.Module):
             if self.values is not None and values is not None:
                 self.values.data.index_copy_(0, ids, values)
             if rows is not None or values is not None:
+                self._drop_gradients(ids)
                 self.book.written.index_fill_(0, ids, self.book.now)
                 self.book.accessed(ids)
             self._expiries.add(ids[going], expiry[going])
@@ -320,6 +329,7 @@ class RowStore(nn.Module):
             self._set_live(ids, False)
             self.book.clear(ids)
             self._room.removed(ids)
+            self._drop_gradients(ids)
             self._forget(ids)
             self.index.removed(ids)
 
@@ -336,6 +346,12 @@ class RowStore(nn.Module):
         for listener in list(self._listeners):
             for parameter in self.tables:
                 listener.forget(parameter, ids)
+
+    def _drop_gradients(self, ids: Tensor) -> None:
+        """What was read there before is another row now: its gradients are not for this one."""
+        for table in self.tables:
+            if table.grad is not None and table.grad.is_sparse:
+                table.grad = without_rows(table.grad, ids)
 
     def _make_tables(
         self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from sparsemem.bank.rows import bank_of
+
+if TYPE_CHECKING:
+    from sparsemem.bank.bank import MemoryBank
 
 # Those of torch's optimisers that take sparse gradients and leave all other rows alone.
 _BY_ROW = (SGD, SparseAdam, Adagrad)
@@ -24,6 +31,7 @@ def watch_optimisers() -> None:
     An optimiser that tells banks itself, under their locks, says so by `tells_banks = True`.
     The others change rows without the lock: let no other thread search meanwhile.
     """
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
@@ -65,8 +73,8 @@ def _is_sparse(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_sparse
 
 
-def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Tell each bank among the optimiser's parameters which of its rows were moved."""
+def _tables(optimiser: Optimizer) -> Iterator[tuple[Tensor, MemoryBank]]:
+    """The banks' tables that an optimiser will step without telling the bank itself."""
     if getattr(optimiser, "tells_banks", False):
         return
     for group in optimiser.param_groups:
@@ -76,5 +84,17 @@ def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
                 continue
             bank = bank_of(parameter)
             if bank is not None and is_table(parameter):
-                with bank.table.lock.write():
-                    tell(parameter, moved_rows(optimiser, parameter))
+                yield parameter, bank
+
+
+def _before_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for _, bank in _tables(optimiser):
+        with bank.table.lock.write():
+            bank.expect_change()
+
+
+def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Tell each bank among the optimiser's parameters which of its rows were moved."""
+    for parameter, bank in _tables(optimiser):
+        with bank.table.lock.write():
+            tell(parameter, moved_rows(optimiser, parameter))

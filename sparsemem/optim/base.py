@@ -18,13 +18,7 @@ from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of, zeros
 from sparsemem.bank.watching import is_table, tell
 from sparsemem.checks import check_size
-from sparsemem.optim.gradients import (
-    Change,
-    check_gradients,
-    computing_dtype,
-    make_change,
-    without_rows,
-)
+from sparsemem.optim.gradients import Change, check_gradients, computing_dtype, make_change
 from sparsemem.optim.packing import pack, unpack
 from sparsemem.optim.rounding import round_stochastically
 
@@ -106,12 +100,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def forget(self, parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
-        """Called by a bank that removed rows: their state and gradients are not for the next."""
+        """Called by a bank that removed rows: their state is not for the next."""
         for value in self.state.get(parameter, {}).values():
             value.index_fill_(0, ids, 0)
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            parameter.grad = without_rows(gradient, ids)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; state of few rows of a table is packed: `rows` holds their ids."""
@@ -163,6 +154,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         with ExitStack() as locks:
             for bank in sorted((bank for bank in banks if bank is not None), key=id):
                 locks.enter_context(bank.table.lock.write())
+                bank.expect_change()
             yield
 
     def _step_bank(self, change: Change, bank: MemoryBank) -> None:

@@ -46,21 +46,6 @@ def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change
     return Change(name, parameter, options, whole.indices()[0], whole.values())
 
 
-def without_rows(gradient: Tensor, ids: Int[Tensor, " n"]) -> Tensor:
-    """A row-sparse gradient without the entries of some rows."""
-    place = gradient._indices()
-    kept = ~torch.isin(place[0], ids)
-    if kept.all():
-        return gradient
-    return torch.sparse_coo_tensor(
-        place[:, kept],
-        gradient._values()[kept],
-        gradient.shape,
-        is_coalesced=gradient.is_coalesced(),
-        check_invariants=False,
-    )
-
-
 def check_gradients(changes: Sequence[Change]) -> None:
     """Refuse NaN and infinite gradients, naming the first parameter and row that has one."""
     if not changes:

@@ -6,7 +6,7 @@ import torch
 
 from sparsemem import MemoryBank
 from sparsemem.bank import selection
-from sparsemem.bank.selection import Tally, tf_idf
+from sparsemem.bank.selection import PIECES, Tally, tf_idf
 
 
 def one_hot(*places):
@@ -136,3 +136,13 @@ def test_arguments(bank):
         bank.select()
     with pytest.raises(ValueError, match="top is 0, expected at least 1"):
         bank.select(top=0)
+
+
+def test_many_small_reads_are_kept_in_few_tensors():
+    tally = Tally(10**6)
+    for number in range(3 * PIECES):
+        tally.add(torch.tensor([number % 7]))
+    assert len(tally._pending) <= PIECES
+    ids, counts = tally.counts()
+    assert ids.tolist() == list(range(7))
+    assert int(counts.sum()) == 3 * PIECES

@@ -171,3 +171,18 @@ def test_watched_once_and_only_where_there_are_banks(repository):
         "assert len(hooks) == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repository)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_does_not_tell_of_what_somebody_else_changed(name):
+    pytest.importorskip("faiss")
+    bank = MemoryBank(500, W, metric="l2", index="IVF16,Flat", background=False, exact_below=1)
+    bank.append(torch.randn(500, W))
+    bank.index.rebuild()
+    far = torch.full((1, W), 50.0)
+    bank.keys.grad = sparse([3], torch.randn(1, W), 500)
+    with torch.no_grad():
+        bank.keys[7] = far  # nobody tells
+    OPTIMISERS[name](bank.parameters()).step()
+    with pytest.warns(UserWarning, match="keys were changed in place"):
+        assert bank.read(far, 1).ids.tolist() == [[7]]

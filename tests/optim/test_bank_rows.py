@@ -277,3 +277,26 @@ def test_memory_follows_what_is_touched():
     bank.keys.grad = sparse(ids.tolist(), torch.randn(len(ids), 32), num_rows)
     RowAdam(bank.parameters()).step()
     assert resident_bytes() - before < 100e6
+
+
+@pytest.mark.parametrize("kind", [RowSGD, torch.optim.SGD])
+@pytest.mark.parametrize("change", ["write", "append"])
+def test_a_row_written_between_backward_and_step_is_not_stepped(kind, change):
+    bank = MemoryBank(4, 3, 2)
+    bank.append(torch.randn(4, 3), torch.randn(4, 2))
+    optimiser = kind(bank.parameters(), lr=1.0)
+    hit = bank.read(torch.randn(2, 3), 4)
+    (hit.scores.sum() + hit.values.sum()).backward()
+    rows, values = torch.randn(1, 3), torch.randn(1, 2)
+    if change == "write":
+        ids = torch.tensor([2])
+        bank.write(ids, rows, values)
+    else:
+        bank.remove(torch.tensor([1]))
+        ids = bank.append(rows, values)
+    before = bank.keys.detach().clone()
+    optimiser.step()
+    assert torch.equal(bank.keys[ids], rows)
+    assert torch.equal(bank.values[ids], values)
+    others = [row for row in range(4) if row != int(ids)]
+    assert (bank.keys[others] != before[others]).any(1).all()

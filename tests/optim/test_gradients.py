@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemem.optim.gradients import check_gradients, make_change, without_rows
+from sparsemem.bank.rows import without_rows
+from sparsemem.optim.gradients import check_gradients, make_change
 from tests.oracles.row_optimizers import sparse
 
 
