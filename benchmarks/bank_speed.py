@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +20,7 @@ import faiss
 import torch
 import typer
 from clusters import clustered
-from common import machine
+from common import interleaved, machine, recalls, seconds
 from torch import Tensor
 
 from sparsemem import MemoryBank
@@ -31,22 +30,6 @@ from sparsemem.optim import RowAdam, RowSGD
 
 QUERIES, TOP_K, FLOOR = 64, 8, 0.95
 REPETITIONS = 60
-
-
-def interleaved(work: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Milliseconds of each, taken in turns so that all see the same machine."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repetitions):
-        for name, function in work.items():
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    """Median of the ratios within each turn."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
 
 
 def built(rows: Tensor, index: str) -> tuple[MemoryBank, float]:
@@ -83,17 +66,11 @@ def training_step(bank: MemoryBank, optimiser: torch.optim.Optimizer, queries: T
     optimiser.step()
 
 
-def recall(ids: Any, truth: Any) -> float:
-    """Share of the true ids that were found."""
-    hits = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), truth.tolist(), strict=True))
-    return hits / truth.size
-
-
 def one_million() -> dict[str, Any]:
     """Read and training step against bare FAISS and against exact search."""
     name, generator = "IVF4096,Flat", torch.Generator().manual_seed(5)
     rows = clustered(1_000_000, 64)
-    bank, seconds = built(rows, name)
+    bank, build_seconds = built(rows, name)
     plain = bare(rows, name)
     for _ in range(8):  # live queries, which the index is then tuned for
         bank.read(queries_near(rows, generator), TOP_K)
@@ -138,18 +115,16 @@ def one_million() -> dict[str, Any]:
         3 * REPETITIONS,
     )
     result = {
-        "build_seconds": seconds,
-        "recall_of_read": recall(found, truth),
-        "recall_of_faiss": recall(theirs, truth),
+        "build_seconds": build_seconds,
+        "recall_of_read": statistics.mean(recalls(found, truth)),
+        "recall_of_faiss": statistics.mean(recalls(theirs, truth)),
         "milliseconds": {
-            name: statistics.median(values)
-            for times in (steps, scans, reads)
-            for name, values in times.items()
+            name: times.median(name) * 1e3 for times in (steps, scans, reads) for name in times
         },
-        "read_to_faiss_and_gather": ratio(reads, "read", "faiss_and_gather"),
-        "step_sgd_to_faiss_and_gather": ratio(steps, "step_sgd", "faiss_and_gather"),
-        "step_adam_to_faiss_and_gather": ratio(steps, "step_adam", "faiss_and_gather"),
-        "exact_to_read": ratio(scans, "exact", "read"),
+        "read_to_faiss_and_gather": reads.ratio("read", "faiss_and_gather"),
+        "step_sgd_to_faiss_and_gather": steps.ratio("step_sgd", "faiss_and_gather"),
+        "step_adam_to_faiss_and_gather": steps.ratio("step_adam", "faiss_and_gather"),
+        "exact_to_read": scans.ratio("exact", "read"),
         "stats": bank.stats(),
     }
     bank.close()
@@ -160,7 +135,7 @@ def ten_million() -> dict[str, Any]:
     """10M x 32 rows: time to build, to read, to train; peak memory."""
     generator = torch.Generator().manual_seed(6)
     rows = clustered(10_000_000, 32)
-    bank, seconds = built(rows, "IVF16384,Flat")
+    bank, build_seconds = built(rows, "IVF16384,Flat")
     queries = [queries_near(rows, generator) for _ in range(40)]
     del rows
     turns = iter(queries * 10)
@@ -175,15 +150,14 @@ def ten_million() -> dict[str, Any]:
         },
         REPETITIONS,
     )
-    start = time.perf_counter()
+    exact_seconds = seconds(lambda: bank.index.exact.search(queries[0], TOP_K))
     truth = bank.index.exact.search(queries[0], TOP_K).ids.numpy()
-    exact_seconds = time.perf_counter() - start
     found = bank.read(queries[0], TOP_K).ids.numpy()
     result = {
         "index": "IVF16384,Flat",
-        "build_seconds": seconds,
-        "recall_of_read": recall(found, truth),
-        "milliseconds": {name: statistics.median(values) for name, values in times.items()},
+        "build_seconds": build_seconds,
+        "recall_of_read": statistics.mean(recalls(found, truth)),
+        "milliseconds": {name: times.median(name) * 1e3 for name in times},
         "exact_milliseconds": exact_seconds * 1e3,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "rows_gib": bank.keys.nbytes / 2**30,

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,12 @@ def interleaved(functions: Mapping[str, Callable[[], object]], repetitions: int)
         for name, work in functions.items():
             times[name].append(seconds(work))
     return times
+
+
+def recalls(found: Any, truth: Any) -> list[float]:
+    """Of each query, the share of the true ids [Q, K] that were found."""
+    pairs = zip(found.tolist(), truth.tolist(), strict=True)
+    return [len(set(ours) & set(true)) / len(true) for ours, true in pairs]
 
 
 def machine() -> dict[str, str]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from clusters import clustered
-from common import machine
+from common import machine, recalls
 from torch import Tensor
 
 from sparsemem import MemoryBank
@@ -116,19 +116,13 @@ def plain(rows: Tensor, effort: int) -> tuple[Any, float]:
     return index, time.perf_counter() - start
 
 
-def share(found: Any, truth: Any) -> list[float]:
-    """Recall of each query."""
-    pairs = zip(found.tolist(), truth.tolist(), strict=True)
-    return [len(set(ours) & set(true)) / len(true) for ours, true in pairs]
-
-
 def judge(drift: Drift, records: list[Record], effort: int) -> dict[str, Any]:
     """Recall of what was recorded, and of two plain indices, on the same steps."""
     table = RowTable(drift.start.clone(), torch.ones(len(drift.start), dtype=torch.bool))
     exact = ExactIndex(table, Metric.cosine)
     alone, built = plain(table.rows, effort)
     rebuilt, builds = alone, [built]
-    recalls: dict[str, list[float]] = {"bank": [], "left alone": [], "rebuilt": []}
+    shares: dict[str, list[float]] = {"bank": [], "left alone": [], "rebuilt": []}
     times: dict[str, list[float]] = {"left alone": [], "rebuilt": []}
     for number, record in enumerate(records):
         step = drift.step(number)
@@ -139,14 +133,14 @@ def judge(drift: Drift, records: list[Record], effort: int) -> dict[str, Any]:
             builds.append(built)
         queries = table.rows[drift.moving[step.asked]] + step.noise
         truth = exact.search(queries[:JUDGED], TOP_K).ids.numpy()
-        recalls["bank"] += share(record.ids[:JUDGED], truth)
+        shares["bank"] += recalls(record.ids[:JUDGED], truth)
         vectors = to_faiss(queries, Metric.cosine)
         for name, index in (("left alone", alone), ("rebuilt", rebuilt)):
             start = time.perf_counter()
             found = index.search(vectors, TOP_K)[1]
             times[name].append(time.perf_counter() - start)
-            recalls[name] += share(found[:JUDGED], truth)
-    return {"recalls": recalls, "times": times, "builds": builds}
+            shares[name] += recalls(found[:JUDGED], truth)
+    return {"recalls": shares, "times": times, "builds": builds}
 
 
 def windows(recalls: list[float]) -> Any:

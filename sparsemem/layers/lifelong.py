@@ -68,6 +68,10 @@ class LifelongMemory(nn.Module):
 
     def forward(self, queries: Float[Tensor, "Q W"]) -> Recall:
         """The K nearest stored examples of each query."""
+        if queries.ndim != 2 or queries.shape[1] != self.bank.width:
+            raise ValueError(
+                f"queries has shape {tuple(queries.shape)}, expected [Q, {self.bank.width}]"
+            )
         hit = self.bank.read(queries, self.top_k)
         return Recall(self._labels(hit.ids), hit.scores, hit.ids)
 
@@ -83,6 +87,10 @@ class LifelongMemory(nn.Module):
         _check_labels(labels, len(queries))
         if recall is None:
             recall = self(queries)
+        elif len(recall.ids) != len(queries):
+            raise ValueError(
+                f"recall is of {len(recall.ids)} queries, expected that of these {len(queries)}"
+            )
         ids = recall.ids[:, 0].clone()
         new = self._labels(ids) != labels  # as the rows are now
         room = self.bank.num_rows - self.bank.book.num_frozen

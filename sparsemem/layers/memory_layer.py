@@ -14,7 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsemem.bank.bank import Hit, MemoryBank
-from sparsemem.checks import check_at_most, check_positive, check_size, nearest
+from sparsemem.checks import (
+    check_at_most,
+    check_finite,
+    check_like,
+    check_positive,
+    check_size,
+    nearest,
+)
+from sparsemem.models.precision import is_autocast
 
 QUERY_NORMS = ("layer", "batch", "none")
 
@@ -85,6 +93,9 @@ class MemoryLayer(nn.Module):
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, expected [batch, steps, {self.dim}]"
             )
+        if not is_autocast(input):
+            check_like("input", input, self.query.weight)
+        check_finite("input", input)
         queries = self.queries(input)
         read = self._sum(self.bank.read(queries, self.top_k)).to(queries.dtype)
         output: Tensor = self.out(read if self.gate is None else F.silu(self.gate(input)) * read)
@@ -123,4 +134,4 @@ def _query_norm(name: str, num_heads: int, width: int) -> nn.Module:
         return nn.BatchNorm1d(num_heads * width)
     if name == "none":
         return nn.Identity()
-    raise ValueError(f"query_norm is {name!r}, {nearest(name, QUERY_NORMS)}")
+    raise ValueError(f"query_norm is {name!r}, {nearest(str(name), QUERY_NORMS)}")

@@ -177,6 +177,8 @@ class Episode:
         """Positions of the k rows of largest cosine similarity, best first, ties by slot."""
         self._check_current()
         check_at_most("k", check_size("k", k), "num_slots", self.num_slots)
+        heads = queries.shape[1] if queries.ndim == 3 else 1
+        self._check_like("queries", queries, (self.batch_size, heads, self._store.rows.shape[2]))
         with torch.no_grad():
             return self._store.search(queries.detach(), k)
 

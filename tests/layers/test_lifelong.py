@@ -216,6 +216,11 @@ def test_bad_arguments_change_nothing(plain_errors):
     memory.remember(AXES[:1], labels_of(0))
     before = memory.bank.keys.clone()
     for message, call in (
+        (rf"queries has shape \({W},\), expected \[Q, {W}\]", lambda: memory(AXES[0])),
+        (
+            "recall is of 2 queries, expected that of these 1",
+            lambda: memory.remember(AXES[:1], labels_of(0), memory(AXES[:2])),
+        ),
         ("labels holds -1, expected at least 0", lambda: memory.remember(AXES[:1], labels_of(-1))),
         (
             r"labels is torch.int64 \[2\], expected int64 \[1\]",

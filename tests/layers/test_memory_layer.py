@@ -247,3 +247,14 @@ def test_refused_banks_and_inputs():
         layer(torch.zeros(2, 3, 7).double())
     with pytest.raises(ValueError, match=r"input has shape \(3, 6\), expected \[batch, steps, 6\]"):
         layer(torch.zeros(3, D).double())
+    with pytest.raises(TypeError, match=r"input is torch.float32 .* parameters are torch.float64"):
+        layer(torch.zeros(1, 2, D))
+    bad = torch.zeros(1, 2, D).double()
+    bad[0, 1, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"input\[0, 1, 3\] is nan, expected finite values"):
+        layer(bad)
+    assert layer.bank.stats()["clock"] == bank_of().stats()["clock"]  # nothing was read
+    with pytest.raises(
+        ValueError, match=r"query_norm is None, did you mean 'none'\? known: batch, layer"
+    ):
+        MemoryLayer(D, bank_of(), top_k=3, query_norm=None)

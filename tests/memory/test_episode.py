@@ -291,6 +291,11 @@ def test_ids_out_of_range_are_refused_before_anything_changes(bad):
 def test_tensors_are_checked_before_anything_changes(plain_errors):
     episode, word = start(), torch.ones(1, 1, 3, dtype=F64)
     slot, weight, erase = ids([[0]]), torch.ones(1, 1, 1, dtype=F64), ids([0])
+    for shape in ((1, 1, 4), (2, 1, 3), (1, 3)):
+        with pytest.raises(ValueError, match=r"queries has shape .*, expected \(1, 1, 3\)"):
+            episode.search(torch.ones(shape, dtype=F64), 1)
+    with pytest.raises(TypeError, match=r"queries is torch\.float32 .* rows are torch\.float64"):
+        episode.search(word.float(), 1)
     with pytest.raises(ValueError, match=r"words has shape \(1, 1, 4\), expected \(1, 1, 3\)"):
         episode.write(slot, weight, torch.ones(1, 1, 4, dtype=F64), erase)
     with pytest.raises(ValueError, match=r"weights has shape \(1, 1, 2\), expected \(1, 1, 1\)"):
