@@ -9,15 +9,15 @@ of them, in which each image is named first and stored then.
     python examples/omniglot/omniglot.py                  # all of it
     python examples/omniglot/omniglot.py --encoder runs/omniglot/encoder.safetensors   # no training
 
-Evaluation alphabets, mean and 95 % interval over 2,000 (20-way) and 400 (100-way) episodes, after 6,000
-steps (25 minutes on a core of a busy machine), seed 0:
+Evaluation alphabets, mean and 95 % interval over 2,000 (20-way) and 400 (100-way) episodes, after
+6,000 steps (25 minutes on a core of a busy machine), seed 0:
 
               one-shot        five-shot
     20-way    95.3 +- 0.13    98.7 +- 0.06
     100-way   87.8 +- 0.21    96.1 +- 0.10
 
-The stream names 69.7 % of characters at their second sight, 85.6 % at the fifth, 89.5 % at the 20th,
-among up to 659, with 2,469 rows at its end. (docs/omniglot.png)
+The stream names 69.7 % of characters at their second sight, 85.6 % at the fifth and 89.5 % at the
+20th, among up to 659, with 2,469 rows at its end (docs/omniglot.png).
 """
 
 from __future__ import annotations
