@@ -10,7 +10,7 @@ steps:
     full      everything is trained
 
 300 steps of 16 x 128 characters from the model that `memory_vs_dense.py` leaves (seed 0), 1-2
-minutes each; loss on the second text (2.74 before), and rise of the loss on the first (1.61 before):
+minutes each; loss on the second text (2.74 before), and rise of that on the first (1.61 before):
 
     selected    2.17    +0.02    --top 5000 --row-learning-rate 1e-1
     read        1.84    +0.28    --row-learning-rate 3e-2
