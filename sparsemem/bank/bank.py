@@ -62,8 +62,9 @@ class MemoryBank(RowStore):
             N(0, 1/W), that make N = S^2 rows, all live; only values are written.
         metric: "cosine", "ip" (inner product) or "l2" (squared distance).
         min_recall: floor of the recall that a FAISS index is tuned for while rows change; None:
-            it is not. Rows that drift far and fast can push it under the floor until the index
-            is trained anew (`stats()["recall"]`). The other kinds are exact.
+            it is not. Rows that drift faster than the machine keeps up with can push it under
+            the floor until the index is trained anew (`stats()["recall"]`). The other kinds
+            are exact.
         dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
             gradients are computed in float32 (float64 for float64).
         device: where all of it is.
