@@ -1,0 +1,1 @@
+"""How time and space grow with memory size: `sparsemem bench`."""
