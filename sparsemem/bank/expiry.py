@@ -29,8 +29,15 @@ class ExpirySchedule:
 
     @property
     def next(self) -> int:
-        """The earliest time at which a row may go."""
-        return self._times[0] if self._times else sys.maxsize
+        """The earliest time at which a row may go. Any thread may ask, without the table's lock.
+
+        The list is never seen half-made: one call changes the heap, or another heap takes its
+        place. Rows that go are gone before their time is.
+        """
+        try:
+            return self._times[0]
+        except IndexError:  # which is also how the last time goes, between a look and another
+            return sys.maxsize
 
     def add(self, ids: Int[Tensor, " n"], expiry: Int[Tensor, " n"]) -> None:
         """Schedule distinct rows; scheduling them again for the same time does no harm."""
@@ -66,6 +73,7 @@ class ExpirySchedule:
 
     def _start(self, ids: Tensor) -> None:
         """Schedule these live rows, those that are to go, and no others."""
-        self._times, self._rows, self._entries = [], {}, 0
         expiry = self._book.expiry.index_select(0, ids)
-        self.add(ids[expiry != FOREVER], expiry[expiry != FOREVER])
+        new = ExpirySchedule(self._book)
+        new.add(ids[expiry != FOREVER], expiry[expiry != FOREVER])
+        self._times, self._rows, self._entries = new._times, new._rows, new._entries

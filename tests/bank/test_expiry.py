@@ -1,3 +1,5 @@
+import sys
+
 import torch
 
 from sparsemem.bank.book import RowBook
@@ -46,3 +48,36 @@ def test_rows_gone_or_no_longer_to_go_are_left_out(monkeypatch):
     schedule.tidy(num_live=4)
     assert schedule._entries == 3
     assert due(schedule) == {5: [0, 1, 2]}
+
+
+def test_the_next_time_can_be_asked_for_while_the_last_one_goes():
+    class Vanishing(list):
+        """A heap whose last time another thread takes between a look and the next."""
+
+        def __bool__(self):
+            there = len(self) > 0
+            self.clear()
+            return there
+
+    schedule = ExpirySchedule(RowBook(4, None))
+    schedule._times = Vanishing([7])
+    assert schedule.next in (7, sys.maxsize)
+
+
+def test_a_clean_up_never_hides_a_time(monkeypatch):
+    book = RowBook(8, None)
+    schedule = ExpirySchedule(book)
+    ids = torch.arange(2)
+    entered(book, ids, torch.full_like(ids, 5))
+    schedule.add(ids, book.expiry[ids])
+    seen, add = [], ExpirySchedule.add
+
+    def watched(self, *arguments):
+        seen.append(schedule.next)  # as a thread that reads would at this moment
+        add(self, *arguments)
+        seen.append(schedule.next)
+
+    monkeypatch.setattr(ExpirySchedule, "add", watched)
+    schedule.restart()
+    assert seen == [5, 5]
+    assert due(schedule) == {5: [0, 1]}
