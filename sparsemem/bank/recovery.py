@@ -178,13 +178,13 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
 def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], None]) -> Tail:
     """Hand each operation of a bank's logs, in order, to `apply`, with the name of its place.
 
-    Warns of a torn tail, which is left out.
+    Warns of a torn tail, which is left out, as is a last log that a save began and gave up.
     """
     last: Tail | None = None
     sequence = manifest.sequence
     for number in itertools.count(manifest.save):
         file = log_path(path, number)
-        if last is not None and not file.exists():
+        if last is not None and (not file.exists() or _was_given_up(file, manifest, last)):
             _check_last(path, number)
             break
         reader, records = LogReader(file), 0 if last is None else last.records
@@ -206,6 +206,20 @@ def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], Non
         last = Tail(number, reader.end, sequence, records, reader.torn)
     assert last is not None
     return last
+
+
+def _was_given_up(file: Path, manifest: Manifest, last: Tail) -> bool:
+    """Whether a log was begun by a save that failed, and could not be removed.
+
+    The log before it was gone on with, up to where `last` says. This one holds no operation.
+    """
+    reader = LogReader(file)
+    records = list(itertools.islice(reader, 2))
+    if len(records) != 1 or reader.torn:
+        return False
+    _check_bank(records[0], manifest, f"{file}: the record at byte 0")
+    begun = records[0].sequence
+    return begun < last.sequence or (begun == last.sequence and last.torn > 0)
 
 
 def _check_last(path: Path, number: int) -> None:
@@ -275,10 +289,14 @@ def _empty(
         raise BankError(f"the bank cannot be made as its manifest has it: {error}") from error
 
 
-def _check_start(record: Record, manifest: Manifest, sequence: int, place: str) -> None:
+def _check_bank(record: Record, manifest: Manifest, place: str) -> None:
     bank = record.arrays.get("bank")
     if bank is None or bytes(bank.tolist()).hex() != manifest.bank:
         raise BankError(f"{place}: the log is another bank's")
+
+
+def _check_start(record: Record, manifest: Manifest, sequence: int, place: str) -> None:
+    _check_bank(record, manifest, place)
     if record.sequence != sequence:
         raise DamagedError(f"{place}: it has number {record.sequence}, expected {sequence}")
 

@@ -354,6 +354,77 @@ def test_logs_must_go_on_from_one_another(tmp_path, monkeypatch):
         assert len(rows_of(MemoryBank.load(tmp_path / "bank"))) == 0
 
 
+def begin_in_vain(bank, monkeypatch, step):
+    """A save whose new log fails at a step, and cannot be removed either."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        if step == "write":
+            patch.setattr(journal, "_write_whole", lambda file, data: fail())
+        elif step == "half":
+            patch.setattr(
+                journal, "_write_whole", lambda file, data: (os.write(file, data[:9]), fail())
+            )
+            patch.setattr(journal.Log, "_take_back", lambda self: None)
+        else:
+            patch.setattr(journal, "sync_folder", fail)
+        with pytest.raises(BankError, match="Input/output error"):
+            bank.save()
+
+
+@pytest.mark.filterwarnings("ignore:.*torn tail")
+@pytest.mark.parametrize("step", ["write", "half", "folder"])
+@pytest.mark.parametrize("writes", [0, 2])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_log_that_was_begun_in_vain_and_stayed_is_no_damage(
+    tmp_path, monkeypatch, step, writes, torn
+):
+    bank = fill(new_bank(tmp_path / "bank"))
+    begin_in_vain(bank, monkeypatch, step)
+    left = tmp_path / "bank" / "log-00000001"
+    assert left.exists()
+    for _ in range(writes):
+        bank.append(torch.randn(1, 3))
+    expected = rows_of(bank)
+    bank.close()
+    if torn:
+        with open(tmp_path / "bank" / "log-00000000", "ab") as file:
+            file.write(b"SMBL")
+    assert verify_folder(tmp_path / "bank").operations == 6 + writes
+    loaded = MemoryBank.load(tmp_path / "bank")
+    assert rows_of(loaded) == expected
+    loaded.append(torch.randn(1, 3))
+    assert rows_of(reopened(loaded, tmp_path / "bank")) == rows_of(loaded)
+
+
+def test_a_log_that_was_begun_in_vain_is_begun_anew(tmp_path, monkeypatch):
+    bank = fill(new_bank(tmp_path / "bank"))
+    begin_in_vain(bank, monkeypatch, "folder")
+    bank.append(torch.randn(1, 3))
+    bank.save()
+    bank.append(torch.randn(1, 3))
+    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
+
+
+def test_a_log_that_holds_more_than_its_beginning_was_not_given_up(tmp_path, monkeypatch):
+    bank = fill(new_bank(tmp_path / "bank"))
+    begin_in_vain(bank, monkeypatch, "folder")
+    left = tmp_path / "bank" / "log-00000001"
+    begun = left.read_bytes()
+    bank.append(torch.randn(1, 3))
+    bank.close()
+    record = journal.encode_record(
+        journal.Kind.DROP, 8, {"ids": torch.tensor([0]), "clock": torch.tensor(9)}
+    )
+    for more in (record, record[:40]):
+        left.write_bytes(begun + more)
+        with pytest.raises(DamagedError, match="log-00000001: the record at byte 0: it has number"):
+            verify_folder(tmp_path / "bank")
+
+
 def test_a_log_that_is_missing_among_others_is_named(tmp_path, monkeypatch):
     bank = new_bank(tmp_path / "bank")
     for _ in range(2):
