@@ -128,7 +128,7 @@ class BankFolder:
         self._lock = lock  # from here on it is this object's to let go of
         self._saving = threading.Lock()
         self._changed = torch.zeros(Layout.of(manifest.arguments).num_shards, dtype=torch.bool)
-        self._state = _state(bank)
+        self._states = [_state(table) for table in bank.tables]
 
     def record(self, kind: Kind, ids: Int[Tensor, " n"], arrays: Mapping[str, Tensor]) -> None:
         """See `Journal.record`."""
@@ -138,9 +138,21 @@ class BankFolder:
         self.touched(ids)
         self._log.append(kind, {"ids": ids, "clock": bank.book.clock, **named})
 
-    def touched(self, ids: Int[Tensor, " n"]) -> None:
+    def expect_change(self) -> None:
+        """See `Journal.expect_change`."""
+        if (bank := self._bank()) is not None:
+            self._notice(bank)
+
+    def touched(self, ids: Int[Tensor, " n"] | None, table: Tensor | None = None) -> None:
         """See `Journal.touched`."""
-        self._changed[(ids // SHARD_ROWS).to(self._changed.device)] = True
+        shards = slice(None) if ids is None else (ids // SHARD_ROWS).to(self._changed.device)
+        self._changed[shards] = True
+        bank = self._bank()
+        if table is None or bank is None:
+            return
+        for place, own in enumerate(bank.tables):
+            if own is table:
+                self._states[place] = _state(table)
 
     def save(self) -> None:
         """Begin a new log, write the shards that changed, replace the manifest.
@@ -153,18 +165,18 @@ class BankFolder:
         with self._saving, write_errors(self.path):
             with bank.table.lock.read():  # no writer between the logs
                 start = self._begin_log(bank)
-                state, changed = _state(bank), self._changed.clone()
+                self._notice(bank)
+                changed = self._changed.clone()
             try:
                 self._changed ^= changed  # marks that come from here on are the next save's
-                rows = changed if state == self._state else torch.ones_like(changed)
-                usage = rows | self._used(bank)
-                manifest = write_files(bank, self.path, start, self._manifest, rows, usage)
+                usage = changed | self._used(bank)
+                manifest = write_files(bank, self.path, start, self._manifest, changed, usage)
                 replace_file(self.path / MANIFEST, encode_manifest(manifest))
             except BaseException:
                 self._changed |= changed
                 self._give_up()
                 raise
-            self._manifest, self._state = manifest, state
+            self._manifest = manifest
             self.tidy()
 
     def close(self) -> None:
@@ -210,6 +222,13 @@ class BankFolder:
         start = start_manifest(bank, durable=True, sync=old.sync)
         return start.model_copy(update={"bank": old.bank, "save": number, "sequence": sequence})
 
+    def _notice(self, bank: RowStore) -> None:
+        """Mark all shards if a table is not as it was when somebody last told of a change."""
+        states = [_state(table) for table in bank.tables]
+        if states != self._states:
+            self.touched(None)
+            self._states = states
+
     def _used(self, bank: RowStore) -> Bool[Tensor, " S"]:
         """Marks of the shards whose usage changed since the last save."""
         marks = torch.zeros_like(self._changed)
@@ -237,9 +256,9 @@ def _check_dtype(bank: RowStore, arguments: Arguments) -> None:
         )
 
 
-def _state(bank: RowStore) -> tuple[Any, ...]:
-    """What tells that tables were changed by somebody who may not have said so."""
-    return tuple((table._version, table.dtype, table.data_ptr()) for table in bank.tables)
+def _state(table: Tensor) -> tuple[Any, ...]:
+    """What tells that a table was changed in place or replaced."""
+    return table._version, table.dtype, table.data_ptr()
 
 
 def _absolute(path: str | Path) -> Path:

@@ -52,10 +52,18 @@ class Journal(Protocol):
         Raises BankError where that fails; then nothing was written and nothing may be applied.
         """
 
-    def touched(self, ids: Int[Tensor, " n"]) -> None:
-        """Be told of rows changed in place without a record (an optimiser's step).
+    def expect_change(self) -> None:
+        """Be told, under `table.lock.write()`, that tables are about to be changed in place.
 
-        They become durable at the next `save`. Any order, repeats allowed; O(len(ids)).
+        So what somebody else changed before, and did not tell of, is not taken for told.
+        """
+
+    def touched(self, ids: Int[Tensor, " n"] | None, table: Tensor | None = None) -> None:
+        """Be told, under `table.lock.write()`, of rows changed without a record.
+
+        They become durable at the next `save`. Any order, repeats allowed; O(len(ids)). None: any
+        of them. table: the one that was changed in place, by an optimiser's step say; all that
+        was changed in it since `expect_change` is told with this.
         """
 
     def save(self) -> None:

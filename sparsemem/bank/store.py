@@ -153,7 +153,7 @@ class RowStore(nn.Module):
                 self.note_version()
             self.index.changed(ids[self.book.live.index_select(0, ids)])
         if self.journal is not None:
-            self.journal.touched(ids)
+            self.journal.touched(ids, self.keys)
 
     def expect_change(self) -> None:
         """Be told, under `table.lock.write()`, that keys are about to be changed in place.
@@ -161,6 +161,8 @@ class RowStore(nn.Module):
         So what somebody else changed before, and did not tell of, is not taken for told.
         """
         self._untold |= self.keys._version != self._known_version
+        if self.journal is not None:
+            self.journal.expect_change()
 
     def note_version(self) -> None:
         """What changed the keys so far has told of it."""
@@ -200,6 +202,8 @@ class RowStore(nn.Module):
         with self.table.lock.write():
             self._derive(self.table.lock)
             self._count()
+            if self.journal is not None:
+                self.journal.touched(None)
 
     def _rebind_if_due(self) -> None:
         if not self._is_bound():

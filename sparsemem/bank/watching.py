@@ -51,7 +51,7 @@ def tell(parameter: Tensor, ids: Int[Tensor, " n"]) -> None:
     if parameter is bank.keys:
         bank.changed(ids)
     elif bank.journal is not None:
-        bank.journal.touched(ids)
+        bank.journal.touched(ids, parameter)
 
 
 def moved_rows(optimiser: Optimizer, table: Tensor) -> Int[Tensor, " n"]:
@@ -74,13 +74,13 @@ def _is_sparse(value: Any) -> bool:
 
 
 def _tables(optimiser: Optimizer) -> Iterator[tuple[Tensor, MemoryBank]]:
-    """The banks' tables that an optimiser will step without telling the bank itself."""
+    """The banks' tables among the parameters of an optimiser that does not tell banks itself."""
     if getattr(optimiser, "tells_banks", False):
         return
     for group in optimiser.param_groups:
         for parameter in group["params"]:
             # The first look is the cheap one: most parameters are no bank's.
-            if "memory_bank" not in parameter.__dict__ or parameter.grad is None:
+            if "memory_bank" not in parameter.__dict__:
                 continue
             bank = bank_of(parameter)
             if bank is not None and is_table(parameter):
@@ -88,7 +88,7 @@ def _tables(optimiser: Optimizer) -> Iterator[tuple[Tensor, MemoryBank]]:
 
 
 def _before_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for _, bank in _tables(optimiser):
+    for _, bank in _tables(optimiser):  # gradients may come in the step, from a closure
         with bank.table.lock.write():
             bank.expect_change()
 
@@ -96,5 +96,6 @@ def _before_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
 def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
     """Tell each bank among the optimiser's parameters which of its rows were moved."""
     for parameter, bank in _tables(optimiser):
-        with bank.table.lock.write():
-            tell(parameter, moved_rows(optimiser, parameter))
+        if parameter.grad is not None:
+            with bank.table.lock.write():
+                tell(parameter, moved_rows(optimiser, parameter))

@@ -131,7 +131,11 @@ def test_values_are_for_the_journal_only(monkeypatch):
     class Journal:
         ids = ()
 
-        def touched(self, ids):
+        def expect_change(self):
+            assert self.ids == ()
+
+        def touched(self, ids, table):
+            assert table is spied.bank.values
             self.ids = (*self.ids, *ids.tolist())
 
     spied = Spied(monkeypatch, value_width=3)

@@ -73,7 +73,10 @@ def test_a_durable_bank_is_told_of_keys_and_values():
         def __init__(self):
             self.ids = []
 
-        def touched(self, ids):
+        def expect_change(self):
+            pass
+
+        def touched(self, ids, table):
             self.ids += ids.tolist()
 
     bank = make_bank(value_width=3)
