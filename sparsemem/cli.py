@@ -13,6 +13,7 @@ import torch
 import typer
 
 from sparsemem.bank import commands as bank_commands
+from sparsemem.bench import commands as bench_commands
 from sparsemem.console import user_errors
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bank_commands.app, name="bank")
+app.add_typer(bench_commands.app, name="bench")
 
 Set = Annotated[
     list[str] | None,

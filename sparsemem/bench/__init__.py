@@ -1,1 +1,1 @@
-"""How time and space grow with memory size: `sparsemem bench`."""
+"""How time and space grow with memory size, what changed, what others take."""
