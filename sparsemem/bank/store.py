@@ -100,7 +100,9 @@ class RowStore(nn.Module):
         self._warned = False
         self._listeners, self.journal = weakref.WeakSet(), None
         self._unrecorded: list[Tensor] = []  # rows that expired and could not be logged
+        self._expiries = ExpirySchedule(self.book)
         self._derive()
+        self._bound_to: tuple[int, torch.dtype] | None = self.keys.data_ptr(), self.keys.dtype
         watch_optimisers()
 
     @property
@@ -198,28 +200,40 @@ class RowStore(nn.Module):
 
         Done by itself after `to`, `load_state_dict` and copying.
         """
-        self.index.close()
-        with self.table.lock.write():
-            self._derive(self.table.lock)
-            self._count()
-            if self.journal is not None:
-                self.journal.touched(None)
+        self._rebind(lambda: True)
 
     def _rebind_if_due(self) -> None:
         if not self._is_bound():
-            self.rebind()
+            self._rebind(lambda: not self._is_bound())
+
+    def _rebind(self, is_due: Callable[[], bool]) -> None:
+        """`is_due`: still, that is: of the threads that see it at once the first one does it."""
+        lock, old = self.table.lock, None
+        with lock.write():
+            if is_due():
+                self._bound_to, old = None, self.index
+                self._derive(lock)
+                self._count()
+                if self.journal is not None:
+                    self.journal.touched(None)
+        # Under the lock its threads, which are waited for here, could wait for this one.
+        if old is not None and not lock.is_writing():
+            old.close()
 
     def _count(self) -> None:
+        """Count what the book holds: now the tables are bound."""
         self.book.recount()
         self._room.find_removed()
-        self._expiries.restart()
+        expiries = ExpirySchedule(self.book)
+        expiries.restart()
+        self._expiries = expiries  # whole: others look at it without the lock
+        self._bound_to = self.keys.data_ptr(), self.keys.dtype
 
     def _derive(self, lock: ReadWriteLock | None = None) -> None:
         """`lock`: of the table so far, which others may hold or wait for."""
         for parameter in self.parameters(recurse=False):
             own(parameter, self)  # type: ignore[arg-type]
         self._room = Room(self.book)
-        self._expiries = ExpirySchedule(self.book)
         self._selection = Selection(self.book)
         if self.has_product_keys:
             self.table = ProductTable(self.keys.data, ~self.book.live)
@@ -229,7 +243,6 @@ class RowStore(nn.Module):
             self.table.lock = lock
         with self.table.lock.write():
             self.index = make_index(self.index_name, self.table, self.metric, **self.index_options)
-        self._bound_to: tuple[int, torch.dtype] | None = self.keys.data_ptr(), self.keys.dtype
         self.note_version()
 
     @contextmanager
@@ -315,8 +328,7 @@ class RowStore(nn.Module):
                 self.values.data.index_copy_(0, ids, values)
             if rows is not None or values is not None:
                 self._drop_gradients(ids)
-                self.book.written.index_fill_(0, ids, self.book.now)
-                self.book.accessed(ids)
+                self.book.wrote(ids)
             self._expiries.add(ids[going], expiry[going])
             self._expiries.tidy(self.table.num_live)
             if rows is not None:
