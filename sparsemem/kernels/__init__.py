@@ -1,1 +1,94 @@
-"""Fused steps of the sparse memories, compiled; the torch code beside them is the reference."""
+"""Fused steps of the sparse memories, compiled; the torch code beside them is the reference.
+
+`SPARSEMEM_KERNELS=reference` in the environment has the torch code used everywhere; `auto`, the
+default, takes a kernel wherever there is one. Nothing here imports Numba before a kernel is
+needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+SWITCH = "SPARSEMEM_KERNELS"
+CHOICES = ("auto", "reference")
+DTYPES = (torch.float32, torch.float64)
+SILENT_SECONDS = 1.0  # loading from the cache takes less
+
+
+class Kernels(NamedTuple):
+    """Compiled functions for one dtype; `like` is an empty array of it."""
+
+    like: Any
+    write_step: Any
+    search_step: Any
+    read_step: Any
+    backward_step: Any
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for a dtype; None where the torch code is to be used."""
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{SWITCH} is {choice!r}, expected one of {', '.join(CHOICES)}")
+    return load(dtype) if choice == "auto" and dtype in DTYPES else None
+
+
+@cache
+def load(dtype: torch.dtype) -> Kernels | None:
+    """Compile, or load what was compiled before; None with one warning where that fails."""
+    try:
+        with compiling_said():
+            return compile_for(dtype)
+    except Exception as error:  # whatever Numba or LLVM stumbles over
+        warnings.warn(
+            f"memory steps run in plain torch, several times slower: {type(error).__name__} while"
+            f" compiling their kernels with Numba: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def compile_for(dtype: torch.dtype) -> Kernels:
+    """Compile for one dtype."""
+    import numpy as np
+    from numba import from_dtype, types
+
+    from sparsemem.kernels import gradients, steps
+
+    like = np.empty(0, str(dtype).removeprefix("torch."))
+    array = types.Array(from_dtype(like.dtype), 1, "C")
+    for function, (sizes, addresses) in {**steps.ENTRIES, **gradients.ENTRIES}.items():
+        tuples = (
+            types.UniTuple(types.int64, count)  # type: ignore[no-untyped-call]
+            for count in (sizes, addresses)
+        )
+        function.compile((array, *tuples))
+    return Kernels(
+        like, steps.write_step, steps.search_step, steps.read_step, gradients.backward_step
+    )
+
+
+@contextmanager
+def compiling_said() -> Iterator[None]:
+    """Say on stderr what is going on, where it takes long."""
+
+    def say() -> None:
+        print("sparsemem: compiling the memory step, once on this machine", file=sys.stderr)
+
+    timer = threading.Timer(SILENT_SECONDS, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

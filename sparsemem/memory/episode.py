@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,12 +11,23 @@ from torch import Tensor
 from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.metrics import Metric
+from sparsemem.kernels.fused import FusedStep, take_step
 from sparsemem.memory.candidates import max_slots
 from sparsemem.memory.entries import Entries
+from sparsemem.memory.links import TemporalLinks
 from sparsemem.memory.overlay import BankStore
 from sparsemem.memory.slots import NONE, PrefixSlots
 from sparsemem.memory.store import FIRST_CAPACITY, EpisodeStore, check_slots
 from sparsemem.memory.tape import Fork, ReadRows, Tape, WriteRows
+
+
+class MemoryStep(NamedTuple):
+    """What a step of the memory gives."""
+
+    reads: Float[Tensor, "B HW"]
+    read: Entries  # [B, H, S]
+    write: Entries  # [B, H, U]
+    episode: Episode
 
 
 class Episode:
@@ -191,6 +202,33 @@ class Episode:
         self._store.reserve(self._store.extent)
         rows, token = ReadRows.apply(self._opened(), ids, self._tape)  # type: ignore[no-untyped-call]
         return rows, self._next(token)
+
+    def fused_step(
+        self,
+        values: Float[Tensor, "B HI"],
+        last: Entries,
+        k: int,
+        links: TemporalLinks | None = None,
+    ) -> MemoryStep | None:
+        """A whole step of SAM (with links: of SDNC), by compiled kernels.
+
+        None, with nothing done, where there is no kernel for it: banks, long episodes that are
+        searched through an index, other devices and dtypes, Numba missing or switched off.
+
+        Args:
+            values: interface values of H heads, in the order of `SAMCell`.
+            last: reads [B, H, S] of the step before.
+            k: rows that a head reads by content.
+            links: temporal links, changed in place.
+        """
+        self._check_current()
+        values = values.contiguous()
+        step = take_step(self._store, values, last, k, links)
+        if step is None:
+            return None
+        arguments = (self._opened(), values, last.weights, step, self._tape)
+        reads, weights, token = FusedStep.apply(*arguments)  # type: ignore[no-untyped-call]
+        return MemoryStep(reads, Entries(step.read.ids, weights), step.write, self._next(token))
 
     def mark_accessed(self, accesses: Entries) -> None:
         """End a step: positions whose weights [B, H, S] exceed delta for a head are accessed."""

@@ -31,6 +31,7 @@ class BankStore(EpisodeStore):
     """
 
     slots: BankSlots
+    has_prefix = False
 
     def __init__(self, bank: MemoryBank, rows: Tensor, index_after: int | None) -> None:
         super().__init__(rows, BankSlots(bank, *rows.shape[:2]), 0.0, index_after)

@@ -25,6 +25,7 @@ class EpisodeStore:
     """
 
     slots: Slots
+    has_prefix = True  # positions are slots, and the touched ones a prefix
 
     def __init__(self, rows: Tensor, slots: Slots, base: float, index_after: int | None) -> None:
         batch_size, _, width = rows.shape
@@ -99,6 +100,11 @@ class EpisodeStore:
             return candidates.gather(2, top_k(scores, k))
         scores = torch.bmm(scaled, self.rows[:, :visible].mT)
         return top_k(scores * self.norms[:, :visible].unsqueeze(1), k)
+
+    def is_scanned(self, extent: int) -> bool:
+        """Whether a search is a scan of all touched rows, while there are at most `extent`."""
+        sealed = self.sealed
+        return sealed is None or (not sealed.sealed and extent < sealed.minimum)
 
     @property
     def slot_table(self) -> Int[Tensor, "B M"] | None:

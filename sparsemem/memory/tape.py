@@ -57,7 +57,11 @@ class Tape:
         assert self._buffer is not None, "called after enter"
         flat = flatten_ids(ids, self._buffer.shape[1])
         self._buffer.view(-1, gradient.shape[-1]).index_add_(0, flat, gradient.flatten(0, 1))
-        self._dirty.append(ids)
+        self.added(ids)
+
+    def added(self, ids: Tensor) -> None:
+        """Note that rows ids [B, ...] of the buffer were added to."""
+        self._dirty.append(ids.flatten(1))
 
     def add_later(self, operation: int, ids: Tensor, gradient: Tensor) -> None:
         """Add to the gradient with respect to the rows after `operation`, before it is entered."""
@@ -81,7 +85,8 @@ class Tape:
         if self._buffer is None:
             return
         table = self._buffer.view(-1, self._buffer.shape[-1])
-        for ids in self._dirty:
+        if self._dirty:
+            ids = torch.cat(self._dirty, 1)
             table.index_fill_(0, flatten_ids(ids, self._buffer.shape[1]), 0)
         self.store.give_buffer(self._buffer)
         self._buffer, self._dirty = None, []

@@ -15,7 +15,7 @@ from sparsemem.checks import check_at_most, check_fraction, check_like, check_si
 from sparsemem.indexes.metrics import cosine
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
-from sparsemem.memory.episode import Episode, check_bank
+from sparsemem.memory.episode import Episode, MemoryStep, check_bank
 from sparsemem.models.base import Access, Cell, MemoryModel
 from sparsemem.models.controller import (
     ControllerFactory,
@@ -218,7 +218,16 @@ class SAMCell(Cell):
     def _step(
         self, state: Any, hidden: Tensor, values: Tensor, controller: ControllerState
     ) -> tuple[Tensor, Any]:
-        """Write, then read, as the interface's values say."""
+        """Write, then read, as the interface's values say: fused where that can be done."""
+        links = getattr(state, "links", None)
+        step = state.episode.fused_step(values, state.read, self.top_k, links)
+        if step is None:
+            step = self._reference_step(state, values)
+        shown = self.bypass(hidden) if self.bypass.p else hidden
+        features = torch.cat([shown, step.reads], 1)
+        return features, state._replace(controller=controller, **step._asdict())
+
+    def _reference_step(self, state: Any, values: Tensor) -> MemoryStep:
         interface = self._split(values)
         fresh = state.episode.least_recent(self.num_heads)
         write = write_entries(interface, state.read, fresh)
@@ -226,10 +235,7 @@ class SAMCell(Cell):
         read, rows, episode = self._read(interface, state, write, episode)
         reads = (read.weights.unsqueeze(-1) * rows).sum(2).flatten(1)
         episode.mark_accessed(joined(write.detach(), read.detach()))
-        features = torch.cat([self.bypass(hidden), reads], 1)
-        return features, state._replace(
-            controller=controller, reads=reads, read=read, write=write, episode=episode
-        )
+        return MemoryStep(reads, read, write, episode)
 
     def _read(
         self, interface: HeadInterface, state: Any, write: Entries, episode: Episode

@@ -1,0 +1,118 @@
+"""How kernels are compiled: one way for all. Importing this imports Numba.
+
+Numba keeps what it compiled on disk and makes it anew when the file of the function that was
+asked for changes. Compiled functions that call each other therefore share a file, but for those
+of this one.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core.errors import NumbaError
+from numba.extending import intrinsic
+
+from sparsemem.indexes.metrics import COSINE_EPSILON
+
+# A sum may be added up in any order, and a product added without rounding it first: so loops run
+# on vectors. Not-a-numbers and infinities are left as they are.
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract"},
+}
+
+LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator of compiled functions; each is compiled for the types that it is called with."""
+    function = inspect.unwrap(function)  # without a type checker's wrapper
+    try:
+        return numba.njit(function, cache=True, **OPTIONS)
+    except (RuntimeError, NumbaError):  # there is no folder that a cache could be written to
+        return numba.njit(function, **OPTIONS)
+
+
+@intrinsic
+def pointer(_context, address, like):
+    """An address (an integer) as a pointer to numbers of the type that an array `like` holds."""
+    signature = types.CPointer(like.dtype)(address, like)
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+carray: Any = vars(numba)["carray"]  # which is not listed in its types
+
+
+@kernel
+def array_at(address, like, shape):
+    """The array of a shape at an address; its dtype is that of `like`."""
+    return carray(pointer(address, like), shape)  # type: ignore[call-arg]
+
+
+@kernel
+def dot(a, b):
+    """a . b of vectors."""
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@kernel
+def add_scaled(to, factor, row):
+    """to += factor row, in the dtype of `to`."""
+    scale = to.dtype.type(factor)
+    for i in range(len(to)):
+        to[i] += scale * row[i]
+
+
+@kernel
+def inverse_norm(row):
+    """1 / sqrt(|row|^2 + epsilon)."""
+    return 1 / np.sqrt(dot(row, row) + COSINE_EPSILON)
+
+
+@kernel
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + np.exp(-x))
+
+
+@kernel
+def oneplus(x):
+    """1 + log(1 + e^x)."""
+    return 1 + (x if x > LINEAR_FROM else np.log1p(np.exp(x)))
+
+
+@kernel
+def softmax(values):
+    """Softmax of a short vector, in place."""
+    values -= values.max()
+    values[:] = np.exp(values)
+    values /= values.sum()
+
+
+@kernel
+def content_weights(query, strength, rows, weights):
+    """softmax over rows [K, W] of beta cos(query, row) (eq. 4)."""
+    factor = oneplus(strength) * inverse_norm(query)
+    for entry in range(len(rows)):
+        weights[entry] = factor * (dot(query, rows[entry]) * inverse_norm(rows[entry]))
+    softmax(weights)
+
+
+@kernel
+def given_or_zero(address, like, shape):
+    """The array at an address; zeros for address 0."""
+    return array_at(address, like, shape) if address else np.zeros(shape, like.dtype)

@@ -1,0 +1,194 @@
+"""A memory step by compiled kernels, as one operation of the tape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsemem.indexes.ranking import GRID_BITS
+from sparsemem.kernels import Kernels, kernels_for
+from sparsemem.memory.entries import Entries
+
+if TYPE_CHECKING:
+    from sparsemem.memory.links import TemporalLinks
+    from sparsemem.memory.store import EpisodeStore
+    from sparsemem.memory.tape import Tape
+
+LAP_ENDED = -1  # as in steps.py
+
+
+class Step(NamedTuple):
+    """What a step of H heads did to B elements: `take_step`."""
+
+    kernels: Kernels
+    write: Entries  # [B, H, S + 1]
+    read: Entries  # [B, H, R]
+    links: Tensor  # weights of the rows linked with the last reads, [B, H, 2, K, S]
+    rows: Tensor  # that were read, [B, H, R, W]
+    reads: Tensor  # [B, H * W]
+
+
+def take_step(
+    store: EpisodeStore, values: Tensor, last: Entries, top_k: int, links: TemporalLinks | None
+) -> Step | None:
+    """Write, search, read and mark accesses; None, and nothing done, where no kernel can do it.
+
+    Args:
+        store: the memory, changed in place.
+        values: interface values [B, H * I] of one step, contiguous.
+        last: reads of the step before [B, H, S].
+        top_k: K, rows to read by content.
+        links: SDNC's; changed in place.
+    """
+    kernels = kernels_for(values.dtype) if can_step(store, values, last) else None
+    if kernels is None:
+        return None
+    store.reserve(store.extent + last.ids.shape[1] + top_k)
+    write = write_step(kernels, store, values, last, top_k)
+    if write is None:
+        return None
+    ids = search_step(kernels, store, values, top_k, write.ids.shape[1])
+    linked = values.new_empty(0)
+    if links is not None:
+        ids, linked = follow_links(links, write, last, ids, store.extent)
+    return read_step(kernels, store, values, last, write, ids, linked)
+
+
+def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
+    """Whether what a step needs is where, and as, the kernels expect it."""
+    heads, kept = last.ids.shape[1], store.order.kept.shape[1]
+    return (
+        store.has_prefix
+        and values.device.type == "cpu"
+        and values.dtype == store.rows.dtype == last.weights.dtype
+        and store.is_scanned(store.extent + heads)
+        and kept in (0, heads)
+        and type(values) is Tensor  # a tensor that is only being traced has no numbers
+    )
+
+
+def write_step(
+    kernels: Kernels, store: EpisodeStore, values: Tensor, last: Entries, spare: int
+) -> Entries | None:
+    """Choose fresh rows, erase them, write; what was written, or None and nothing done."""
+    order, (batch, heads, support) = store.order, last.ids.shape
+    fresh = last.ids.new_empty(batch, heads)
+    start, touched = torch.empty_like(order.pointer), torch.empty_like(store.touched)
+    ids = last.ids.new_empty(batch, heads, support + 1)
+    weights = values.new_empty(batch, heads, support + 1)
+    given, made = (values, last.ids, last.weights), (fresh, start, touched, ids, weights)
+
+    def run() -> int:
+        capacity, width = store.rows.shape[1:]
+        shape = (batch, heads, width, values.shape[1] // heads, support)
+        sizes = (*shape, capacity, store.num_slots, spare, order.kept.shape[1])
+        state = (store.rows, store.norms, store.touched, order.last_access, order.lap)
+        places = addresses(*state, order.lap_start, order.pointer, order.kept, *given, *made)
+        return kernels.write_step(kernels.like, sizes, places)  # type: ignore[no-any-return]
+
+    extent = run()
+    if extent == LAP_ENDED:
+        order.least_recent(heads)  # begins a lap, from which the kernel goes on
+        extent = run()
+    if extent < 0:
+        return None
+    order.kept, order.pointer, store.touched, store.extent = fresh, start, touched, extent
+    store.version += 1
+    return Entries(ids, weights)
+
+
+def search_step(
+    kernels: Kernels, store: EpisodeStore, values: Tensor, top_k: int, heads: int
+) -> Tensor:
+    """Ids [B, H, K] of the rows to read by content."""
+    batch, capacity, width = store.rows.shape
+    ids = store.touched.new_empty(batch, heads, top_k)
+    inputs, bits = values.shape[1] // heads, GRID_BITS[values.dtype]
+    sizes = (batch, heads, width, inputs, top_k, capacity, store.num_slots, bits)
+    tensors = (store.rows, store.norms, store.touched, values, ids)
+    kernels.search_step(kernels.like, sizes, addresses(*tensors))
+    return ids
+
+
+def read_step(
+    kernels: Kernels,
+    store: EpisodeStore,
+    values: Tensor,
+    last: Entries,
+    write: Entries,
+    ids: Tensor,
+    links: Tensor,
+) -> Step:
+    """Read at ids [B, H, R], and end the step: mark what was accessed."""
+    (batch, heads, support), entries = last.ids.shape, ids.shape[2]
+    capacity, width = store.rows.shape[1:]
+    rows = values.new_empty(batch, heads, entries, width)
+    weights, reads = values.new_empty(ids.shape), values.new_empty(batch, heads * width)
+    inputs, order = values.shape[1] // heads, store.order
+    linked = links.shape[3] if links.ndim > 1 else 0
+    sizes = (batch, heads, width, inputs, support, entries, linked, capacity, order.time)
+    given = (store.rows, store.touched, order.last_access, values, last.weights, *write, ids, links)
+    places = addresses(*given, rows, weights, reads)
+    store.extent = kernels.read_step(kernels.like, sizes, places)
+    order.time += 1
+    return Step(kernels, write, Entries(ids, weights), links, rows, reads)
+
+
+def follow_links(
+    links: TemporalLinks, write: Entries, last: Entries, ids: Tensor, extent: int
+) -> tuple[Tensor, Tensor]:
+    """Update the links; ids [B, H, 3K] to read and weights [B, H, 2, K, S] of the linked ones."""
+    k = ids.shape[2]
+    extent = max(extent, k)
+    links.reserve(extent)
+    links.update(write, extent)
+    after = links.follow(links.follows, last, k, extent)
+    before = links.follow(links.precedes, last, k, extent)
+    weights = torch.stack([before.weights_of, after.weights_of], 2)
+    return torch.cat([before.ids, ids, after.ids], 2), weights
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Where contiguous tensors are; 0 for None."""
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+class FusedStep(torch.autograd.Function):
+    """A step that was taken, in the graph: reads [B, H * W], read weights [B, H, R], token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, values: Tensor, last_weights: Tensor, step: Step, tape: Tape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Record what the backward pass needs."""
+        ctx.kernels, ctx.tape, ctx.operation = step.kernels, tape, tape.record()
+        weights = step.read.weights
+        ctx.save_for_backward(
+            values, last_weights, step.write.ids, step.read.ids, step.links, step.rows, weights
+        )
+        ctx.set_materialize_grads(False)
+        return step.reads, weights, token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_reads: Any, to_weights: Any, _: Any) -> Any:
+        """Through the reads into the buffer, then through the write out of it."""
+        values, last_weights, write_ids, ids, links, rows, weights = ctx.saved_tensors
+        batch, heads, entries, width = rows.shape
+        buffer = ctx.tape.enter(ctx.operation)
+        to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
+        given = [part if part is None else part.contiguous() for part in (to_reads, to_weights)]
+        linked = links.shape[3] if links.ndim > 1 else 0
+        sizes = (batch, heads, width, values.shape[1] // heads, last_weights.shape[2], entries)
+        tensors = (buffer, values, write_ids, last_weights, ids, links, rows, weights, *given)
+        ctx.kernels.backward_step(
+            ctx.kernels.like,
+            (*sizes, linked, buffer.shape[1]),
+            addresses(*tensors, to_values, to_last),
+        )
+        ctx.tape.added(ids)
+        ctx.tape.leave(ctx.operation)
+        return None, to_values, to_last, None, None
