@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,7 +73,8 @@ def tensor_peak(work: Callable[[], object]) -> int:
 
     Counted by torch's profiler at the CPU allocator, so that temporaries inside operations count.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiling(profiler):
         work()
     assert profiler.profiler is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -79,6 +83,32 @@ def tensor_peak(work: Callable[[], object]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+@contextmanager
+def profiling(profiler: profile) -> Iterator[None]:
+    """A profiler at work, without the lines that its C++ side writes to standard error."""
+    with _silent():
+        profiler.start()
+    try:
+        yield
+    finally:
+        with _silent():
+            profiler.stop()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches standard error, not from C++ either."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def process_bytes(name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from sparsemem.bench.budget import Budget, Cost, predicted
 from sparsemem.bench.measuring import Summary, available_bytes
@@ -18,6 +18,7 @@ FEWEST_STEPS = 3
 PASS_SHARE = 0.01  # of the budget that one pass may take, where its steps can be cut down
 
 
+@runtime_checkable
 class Measurer(Protocol):
     """A `Worker`, or what stands for one in a test."""
 

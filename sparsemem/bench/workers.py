@@ -6,7 +6,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ class Made(NamedTuple):
     work: Mapping[str, Callable[[], object]]
 
 
+@runtime_checkable
 class Point(Protocol):
     """What is measured; it is sent to the process that measures it."""
 
