@@ -80,7 +80,8 @@ def create_folder(bank: RowStore, path: str | Path, sync: bool = False) -> BankF
             log = Log.create(log_path(folder, 0), start.bank, 0, sync)
             log.close()
             manifest = write_new(bank, folder, start)
-        return BankFolder(bank, path, claim(path), manifest, Tail(0, log.size, log.sequence, 0, 0))
+        tail = Tail(0, log.size, log.sequence, records=0, torn=0, all_bytes=log.size)
+        return BankFolder(bank, path, claim(path), manifest, tail)
 
 
 def load_bank(

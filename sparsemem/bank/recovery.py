@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -32,6 +34,8 @@ from sparsemem.bank.shards import (
 from sparsemem.bank.store import RowStore
 
 LOCK = "lock"
+ATTEMPTS = 10  # to read a folder that somebody writes to
+PAUSE = 0.02  # seconds before the second, and so much more before each further one
 
 Bank = TypeVar("Bank", bound=RowStore)
 
@@ -44,6 +48,7 @@ class Tail(NamedTuple):
     sequence: int  # of the next record
     records: int  # operations in all logs
     torn: int  # bytes of a torn tail
+    all_bytes: int  # of all logs, with a torn tail
 
 
 def log_path(folder: Path, number: int) -> Path:
@@ -118,7 +123,7 @@ def read_bank(
             replay(bank, record)
             changed.append(record.arrays["ids"])
 
-        tail = read_logs(path, manifest, apply) if manifest.durable else None
+        tail = read_logs(path, manifest, apply, _warn_torn) if manifest.durable else None
         bank.rebind()
     return bank, tail, torch.cat(changed)
 
@@ -132,8 +137,41 @@ class Summary(NamedTuple):
 
 
 def inspect_folder(path: Path) -> Summary:
-    """What a folder holds, by its manifest and logs; rows are not read. Needs no lock."""
-    return _summary(path, read_manifest(path), lambda record, place: None)
+    """What a folder holds, by its manifest and logs; rows are not read. Needs no lock.
+
+    A bank that is open elsewhere may log and save meanwhile: what looks like damage, or a torn
+    tail, is looked at again until the files have stayed as they were. BankError where they never
+    do.
+    """
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt * PAUSE)
+        before = _files_of(path)
+        torn: list[LogReader] = []
+        try:
+            summary = _summary(path, read_manifest(path), lambda record, place: None, torn.append)
+        except DamagedError:
+            if _files_of(path) == before:
+                raise
+        else:
+            if not torn or _files_of(path) == before:
+                for reader in torn:
+                    _warn_torn(reader)
+                return summary
+    raise BankError(
+        f"{path} changed while it was read, {ATTEMPTS} times: another process writes to it."
+        " Expected a moment of rest, or that the bank is closed"
+    )
+
+
+def _files_of(path: Path) -> set[tuple[str, int, int, int]]:
+    """What tells that a process has written to a folder; nothing where it cannot be read."""
+    found = set()
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # it went meanwhile
+                status = entry.stat()
+                found.add((entry.name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def verify_folder(path: Path) -> Summary:
@@ -149,19 +187,26 @@ def verify_folder(path: Path) -> Summary:
         if manifest.keys is not None:
             read_keys(path, manifest.keys, layout)
         return _summary(
-            path, manifest, lambda record, place: check_operation(record, layout, place)
+            path,
+            manifest,
+            lambda record, place: check_operation(record, layout, place),
+            _warn_torn,
         )
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _summary(path: Path, manifest: Manifest, apply: Callable[[Record, str], None]) -> Summary:
+def _summary(
+    path: Path,
+    manifest: Manifest,
+    apply: Callable[[Record, str], None],
+    torn: Callable[[LogReader], None],
+) -> Summary:
     if not manifest.durable:
         return Summary(manifest, 0, 0)
-    tail = read_logs(path, manifest, apply)
-    logs = [log_path(path, number) for number in range(manifest.save, tail.number + 1)]
-    return Summary(manifest, tail.records, sum(log.stat().st_size for log in logs))
+    tail = read_logs(path, manifest, apply, torn)
+    return Summary(manifest, tail.records, tail.all_bytes)
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
@@ -175,13 +220,19 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
             raise DamagedError(f"{path / file.file} is torn: {size} bytes, expected {file.bytes}")
 
 
-def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], None]) -> Tail:
+def read_logs(
+    path: Path,
+    manifest: Manifest,
+    apply: Callable[[Record, str], None],
+    torn: Callable[[LogReader], None],
+) -> Tail:
     """Hand each operation of a bank's logs, in order, to `apply`, with the name of its place.
 
-    Warns of a torn tail, which is left out, as is a last log that a save began and gave up.
+    A log with a torn tail is handed to `torn`; the tail is left out, as is a last log that a save
+    began and gave up.
     """
     last: Tail | None = None
-    sequence = manifest.sequence
+    sequence, length = manifest.sequence, 0
     for number in itertools.count(manifest.save):
         file = log_path(path, number)
         if last is not None and (not file.exists() or _was_given_up(file, manifest, last)):
@@ -196,14 +247,15 @@ def read_logs(path: Path, manifest: Manifest, apply: Callable[[Record, str], Non
                 apply(record, place)
                 records += 1
         if reader.torn:
-            _warn_torn(reader)
+            torn(reader)
         if not reader.end and last is not None:
             _check_last(path, number)
             break  # it was never begun: a save was stopped before anything else
         if not reader.end or (last is not None and last.torn):
             raise DamagedError(f"{file} is torn: it does not go on from what was logged before it")
         sequence = reader.sequence
-        last = Tail(number, reader.end, sequence, records, reader.torn)
+        length += reader.end + reader.torn
+        last = Tail(number, reader.end, sequence, records, reader.torn, length)
     assert last is not None
     return last
 
