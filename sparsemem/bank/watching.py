@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sparsemem.bank.rows import bank_of
+from sparsemem.bank.rows import bank_of, without_rows
 
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
@@ -87,15 +87,41 @@ def _tables(optimiser: Optimizer) -> Iterator[tuple[Tensor, MemoryBank]]:
                 yield parameter, bank
 
 
+def _leave_out_still(optimiser: Optimizer, table: Tensor, bank: MemoryBank) -> None:
+    """Take rows that are not to move out of the gradient and out of SGD's momentum.
+
+    Rows that were frozen, not selected or removed since the backward pass, and in the momentum
+    rows that were written anew since the last step: they are other rows now. What is frozen later
+    begins without momentum when it is released. O(entries), as the step itself.
+    """
+    if table.grad is not None and table.grad.is_sparse:
+        table.grad = _trainable(table.grad, bank, None)
+    state = optimiser.state.get(table, {})
+    for name, value in list(state.items()):
+        if _is_sparse(value):
+            state[name] = _trainable(value, bank, getattr(value, "bank_time", None))
+
+
+def _trainable(values: Tensor, bank: MemoryBank, since: int | None) -> Tensor:
+    """A row-sparse tensor without the entries of rows that are not trainable."""
+    ids = values._indices()[0]
+    return without_rows(values, ids[~bank.is_trainable(ids, since)].unique())
+
+
 def _before_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for _, bank in _tables(optimiser):  # gradients may come in the step, from a closure
+    for parameter, bank in _tables(optimiser):  # gradients may come in the step, from a closure
         with bank.table.lock.write():
             bank.expect_change()
+            if isinstance(optimiser, _BY_ROW):
+                _leave_out_still(optimiser, parameter, bank)
 
 
 def _after_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Tell each bank among the optimiser's parameters which of its rows were moved."""
+    """Tell each bank among the optimiser's parameters which of its rows were moved, and when."""
     for parameter, bank in _tables(optimiser):
         if parameter.grad is not None:
             with bank.table.lock.write():
                 tell(parameter, moved_rows(optimiser, parameter))
+                for value in optimiser.state.get(parameter, {}).values():
+                    if _is_sparse(value):
+                        value.bank_time = bank.book.now

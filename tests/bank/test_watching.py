@@ -67,6 +67,55 @@ def test_momentum_moves_rows_that_have_no_gradient(monkeypatch):
     assert spied.step(optimiser, [9]) == ([3, 7, 9], [3, 7, 9])
 
 
+@pytest.mark.parametrize("name", ["momentum", "nesterov"])
+@pytest.mark.parametrize("table", ["keys", "values"])
+def test_momentum_moves_no_frozen_and_no_other_row(name, table):
+    bank = MemoryBank(N, W, W)
+    bank.append(torch.randn(N, W), torch.randn(N, W))
+    parameter = getattr(bank, table)
+    optimiser = OPTIMISERS[name]([parameter])
+
+    def moved(ids):
+        before = parameter.detach().clone()
+        parameter.grad = sparse(ids, torch.ones(len(ids), W), N)
+        optimiser.step()
+        return (parameter != before).any(1).nonzero().squeeze(1).tolist()
+
+    assert moved([3, 4, 5, 6, 7]) == [3, 4, 5, 6, 7]
+    bank.freeze(torch.tensor([3]))
+    bank.remove(torch.tensor([4]))
+    bank.write(torch.tensor([5]), torch.ones(1, W), torch.ones(1, W))  # another row now
+    assert moved([9]) == [6, 7, 9]
+    bank.unfreeze(torch.tensor([3]))
+    assert moved([]) == [6, 7, 9]  # it does not go on with what it had
+    bank.read(bank.keys[6:7].detach(), 1)
+    assert bank.select(top=1).tolist() == [6]
+    assert moved([]) == [6]
+
+
+def test_momentum_of_the_other_rows_is_as_without_a_bank():
+    bank, plain = MemoryBank(N, W), nn.Parameter(torch.randn(N, W))
+    bank.append(plain.detach().clone())
+    optimisers = [OPTIMISERS["momentum"]([each]) for each in (bank.keys, plain)]
+    bank.freeze(torch.tensor([0]))
+    for ids in ([3, 7, 3], [5], [3]):
+        gradient = sparse(ids, torch.randn(len(ids), W), N)
+        for parameter, optimiser in zip((bank.keys, plain), optimisers, strict=True):
+            parameter.grad = gradient.clone()
+            optimiser.step()
+        bank.append(torch.randn(0, W))  # the clock goes on
+    assert torch.equal(bank.keys, plain)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_rows_frozen_after_the_backward_pass_are_not_stepped(name, monkeypatch):
+    spied = Spied(monkeypatch)
+    gradient = sparse([3, 7], torch.ones(2, W), N)
+    spied.bank.freeze(torch.tensor([3]))
+    optimiser = OPTIMISERS[name](spied.bank.parameters())
+    assert spied.step(optimiser, gradient=gradient) == ([7], [7])
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "sparse-adam", "adagrad"])
 def test_the_next_search_finds_moved_rows(name):
     pytest.importorskip("faiss")
