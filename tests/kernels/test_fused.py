@@ -1,0 +1,236 @@
+"""Fused steps against the torch code that they stand in for."""
+
+import random
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from sparsemem.kernels import fused
+from sparsemem.memory import episode
+from sparsemem.models.sam import SAM
+from sparsemem.models.sdnc import SDNC
+from tests.oracles import dense_sam
+
+pytest.importorskip("numba")
+F32, F64 = torch.float32, torch.float64
+TOLERANCE = {F32: 1e-5, F64: 1e-12}
+MODELS = [SAM, SDNC]
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """switch(True): steps are fused from here on; switch(False): the torch code runs."""
+
+    def choose(on):
+        monkeypatch.setenv("SPARSEMEM_KERNELS", "auto" if on else "reference")
+
+    choose(True)
+    return choose
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """For each step of a model whether it was fused."""
+    record = []
+
+    def take_step(*arguments):
+        step = fused.take_step(*arguments)
+        record.append(step is not None)
+        return step
+
+    monkeypatch.setattr(episode, "take_step", take_step)
+    return record
+
+
+def random_case(model_class, seed, dtype, scales=(0.3, 1)):
+    """Sizes odd and even, laps that end, K = N, gates open and shut, overlays that grow."""
+    draw = random.Random(seed)
+    slots = draw.choice([2, 3, 5, 8, 40, 1000])
+    options = {
+        "num_slots": slots,
+        # In one dimension all cosines are nearly 1, too near for float32 to tell some apart.
+        "slot_dim": draw.choice([1, 2, 5, 8, 16, 33] if dtype == F64 else [4, 5, 8, 16, 33]),
+        "num_heads": draw.randint(1, min(5, slots)),
+        "top_k": min(slots, draw.choice([1, 2, 3, 4, 7, 8])),
+        "interpolation_bias": draw.choice([-4.0, 0.0, 2.0]),
+        "strength_bias": draw.choice([0.0, 8.0, 25.0]),
+    }
+    if model_class is SDNC:
+        options["num_links"] = draw.choice([1, 2, 8])
+    torch.manual_seed(seed)
+    model = model_class(3, 5, 2, **options).to(dtype)
+    for parameter in model.parameters():
+        parameter.data *= draw.choice(scales)
+    steps = draw.randint(1, 30) if dtype == F64 else draw.randint(1, 8)
+    return model, torch.randn(draw.randint(1, 4), steps, 3, dtype=dtype, requires_grad=True)
+
+
+def everything(model, input, output, state):
+    """Numbers that a run leaves, by name: outputs, gradients, memory."""
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    inputs = [input, *model.parameters()]
+    gradients = torch.autograd.grad((output * weights).sum(), inputs, retain_graph=True)
+    return {
+        "output": output.detach(),
+        "reads": state.reads.detach(),
+        "rows": state.episode.rows(),
+        "read_weights": state.access.read_weights,
+        "write_weights": state.access.write_weights.detach(),
+        **{f"gradient_{i}": gradient for i, gradient in enumerate(gradients)},
+    }
+
+
+def ids_of(state):
+    """Ids and counts that a run leaves, which have to be equal."""
+    count = min(state.episode.num_slots, state.episode.extent + 3)
+    order = state.episode.least_recent(count)
+    return [state.access.read_ids, state.access.write_ids, state.touched, order]
+
+
+def assert_same(ours, truth, dtype):
+    for name, value in truth.items():
+        scale = float(value.abs().max()) if value.numel() else 1.0
+        error = float((ours[name] - value).abs().max()) if value.numel() else 0.0
+        assert ours[name].shape == value.shape, name
+        assert error <= TOLERANCE[dtype] * max(scale, 1.0), f"{name}: {error} of {scale}"
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(F64, seed) for seed in range(40)] + [(F32, seed) for seed in range(20)]
+)
+def test_equals_the_reference(model_class, dtype, seed, switch, taken):
+    """With weights so small that recurrence does not blow rounding up."""
+    model, input = random_case(model_class, seed, dtype)
+    output, state = model(input)
+    assert taken == [True] * input.shape[1]
+    switch(False)
+    expected, end = model(input)
+    assert not any(taken[input.shape[1] :])
+    ours, truth = everything(model, input, output, state), everything(model, input, expected, end)
+    assert_same(ours, truth, dtype)
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("seed", range(15))
+def test_equals_the_dense_transcription(model_class, seed, switch, taken):
+    model, input = random_case(model_class, seed + 100, F64, scales=(1, 3))
+    output, state = model(input)
+    expected, dense = dense_sam.run(model, input)
+    assert all(taken)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    inputs, weights = [input, *model.parameters()], torch.randn_like(output)
+    ours, truth = (
+        torch.autograd.grad((result * weights).sum(), inputs) for result in (output, expected)
+    )
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    rows = state.episode.rows()
+    torch.testing.assert_close(rows, dense.memory[:, : rows.shape[1]].detach())
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("seed", range(10))
+def test_forks_cuts_and_a_change_of_code_on_the_way(model_class, seed, switch):
+    """A sequence in chunks, fused or not at random, cut and cloned, against the torch code."""
+
+    def run(mixed):
+        draw = random.Random(seed)
+        model, input = random_case(model_class, seed + 200, F64)
+        model, losses, state, other = model.double(), [], None, None
+        for chunk in input.repeat(1, 3, 1).split(max(1, input.shape[1] // 2), 1):
+            switch(draw.random() < 0.5 and mixed)
+            output, state = model(chunk, state)
+            losses.append(output.square().sum())
+            action = draw.random()
+            if action < 0.2:
+                state = state.detach()
+            elif action < 0.6:
+                other = state.clone()
+                output, _ = model(chunk.flip(1), other)
+                losses.append(output.sum())
+        parameters = [input, *model.parameters()]
+        gradients = torch.autograd.grad(sum(losses), parameters, retain_graph=True)
+        again = torch.autograd.grad(sum(losses), parameters)
+        for a, b in zip(gradients, again, strict=True):
+            assert torch.equal(a, b), "a second backward pass"
+        return [loss.detach() for loss in losses], gradients, state.episode.rows()
+
+    (losses, gradients, rows), (true_losses, true_gradients, true_rows) = run(True), run(False)
+    torch.testing.assert_close(losses, true_losses, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gradients, true_gradients, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(rows, true_rows, rtol=1e-9, atol=1e-11)
+
+
+def test_gradcheck(switch, taken):
+    model = SAM(3, 6, 2, num_slots=4, slot_dim=5, num_heads=2, top_k=3).double()
+    model.requires_grad_(False)
+    torch.manual_seed(5)
+    input = torch.randn(2, 5, 3, dtype=F64, requires_grad=True)
+    assert gradcheck(lambda x: model(x)[0], input)
+    assert all(taken)
+
+
+def test_elements_may_have_touched_different_numbers_of_rows(switch, taken):
+    """What one reads far out is not what another has touched."""
+    model = SAM(3, 6, 2, num_slots=50, slot_dim=4, num_heads=1, top_k=5).double()
+    torch.manual_seed(0)
+    input = torch.randn(2, 12, 3, dtype=F64)
+    input[1] = 0  # one element writes the same all the time
+    output, state = model(input)
+    switch(False)
+    expected, end = model(input)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    assert torch.equal(state.touched, end.touched)
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_not_a_number_surfaces_and_ids_stay_in_range(model_class, where, switch, taken):
+    torch.manual_seed(1)
+    model = model_class(3, 6, 2, num_slots=20, slot_dim=4, num_heads=2, top_k=3)
+    input, state = torch.randn(2, 6, 3), None
+    _, state = model(input)
+    if where == "weight":
+        model.cell.interface.weight.data[0, 0] = torch.inf
+    else:
+        model.cell.controller.cell.bias_ih.data[0] = torch.nan
+    for _ in range(3):
+        output, state = model(input, state)
+        for ids in (state.access.read_ids, state.access.write_ids):
+            assert 0 <= int(ids.min()) <= int(ids.max()) < 20
+    assert not output.isfinite().all()
+    output.sum().backward()
+    assert all(taken)
+
+
+def test_other_dtypes_and_long_episodes_take_the_torch_code(switch, taken):
+    sizes = {"slot_dim": 4, "num_heads": 1, "top_k": 3}
+    SAM(3, 6, 2, num_slots=20, **sizes).bfloat16()(torch.randn(2, 3, 3).bfloat16())
+    assert taken == [False] * 3
+    model = SAM(3, 6, 2, num_slots=50, **sizes, index_after=8)
+    _, state = model(torch.randn(2, 19, 3))
+    assert taken[3:7] == [True] * 4
+    assert not any(taken[10:])
+
+
+def test_least_recent_slots_asked_for_in_between_change_nothing(switch):
+    model = SAM(3, 6, 2, num_slots=9, slot_dim=4, num_heads=2, top_k=3).double()
+    input = torch.randn(2, 12, 3, dtype=F64)
+
+    def run():
+        state, outputs = None, []
+        for chunk in input.split(3, 1):
+            output, state = model(chunk, state)
+            state.episode.least_recent(5)
+            outputs.append(output)
+        return torch.cat(outputs, 1), state
+
+    output, state = run()
+    switch(False)
+    expected, end = run()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    assert torch.equal(state.episode.least_recent(9), end.episode.least_recent(9))
