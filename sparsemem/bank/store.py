@@ -295,6 +295,15 @@ class RowStore(nn.Module):
                 self.journal.record(Kind.DROP, gone, {})
         self._unrecorded.clear()
 
+    def used(self, ids: Int[Tensor, " n"]) -> int:
+        """Count one call of the usage clock and an access of each of these rows; its time.
+
+        To be called under `table.lock.read()`, by who reads rows without `read`.
+        """
+        now = self.book.tick()
+        self._accessed(ids)
+        return now
+
     def _accessed(self, ids: Tensor) -> None:
         found = ids[ids >= 0]
         self.book.accessed(found)

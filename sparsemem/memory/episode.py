@@ -81,8 +81,11 @@ class Episode:
         is a copy of each row touched, made when `search`, `least_recent` or `positions` first
         gave it out; what has happened to the bank's row since is not seen. Gradients of what
         was read reach the bank's rows, from rows first touched since the last `detach`. The
-        bank's index finds its rows; what it misses is not found. What episodes touch does not
-        count as use of the bank's rows (its clock, which rows give way, `select`).
+        bank's index finds its rows; what it misses is not found.
+
+        The copy of a row counts as an access of it, one in each episode however often it is then
+        read, and the copies of one operation as one call of the bank's usage clock: so rows that
+        episodes use do not give way to new ones first, and `select` sees them.
 
         Args:
             bank: rows that are their own values, compared by cosine.

@@ -78,7 +78,10 @@ class BankStore(EpisodeStore):
         return self.positions(slots)
 
     def load(self, erased: Int[Tensor, "B E"] | None = None) -> None:
-        """Copy the rows of the positions handed out, but for those that are erased now."""
+        """Copy the rows of the positions handed out, but for those that are erased now.
+
+        That is a use of the bank's rows, the only one in this episode.
+        """
         entered = self._entered
         if entered and erased is not None:
             gone = {(b, p) for b, row in enumerate(erased.tolist()) for p in row}
@@ -86,7 +89,8 @@ class BankStore(EpisodeStore):
         if entered:
             element, position, slot = torch.tensor(entered, device=self.rows.device).T
             with self.bank.table.lock.read():
-                live, now = self.bank.table.live[slot], self.bank.book.now
+                live = self.bank.table.live[slot]
+                now = self.bank.used(slot[live]) if live.any() else self.bank.book.now
                 rows = self.bank.gather(slot.masked_fill(~live, NONE)).detach()
             self.rows[element, position] = rows
             self.norms[element, position] = inverse_norm(rows)
@@ -101,6 +105,7 @@ class BankStore(EpisodeStore):
     def search(self, queries: Tensor, k: int) -> Tensor:
         """Positions of the k best of touched rows, live rows of the bank and free slots."""
         self.bank.refresh()
+        self.bank.expire()  # as reads of the bank do
         self.load()
         queries = queries.nan_to_num(0, 0, 0)  # a diverged network is the training loop's to report
         units = queries * inverse_norm(queries).unsqueeze(-1)

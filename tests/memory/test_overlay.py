@@ -48,7 +48,44 @@ def test_no_episode_sees_the_writes_of_another_and_the_bank_none():
     untouched, _ = read_slots(other, *range(6))
     assert torch.equal(untouched.detach(), before.expand(3, -1, -1))
     assert torch.equal(bank.keys.detach(), before)
-    assert bank.stats()["clock"] == 1, "no access either"
+
+
+def test_a_row_that_an_episode_copies_is_in_use():
+    bank = bank_of(torch.eye(6, dtype=F64), live=[1, 1, 1, 1, 0, 0])
+    start = bank.book.now
+    episode = Episode.over(bank, 2)
+    queries = torch.eye(6, dtype=F64)[[1, 3]].unsqueeze(1)
+    for _ in range(3):  # copied by the first search
+        at = episode.search(queries, 1)
+        _, episode = episode.read(at)
+    assert bank.book.now == start + 1
+    assert bank.book.last_access[:4].gt(start).tolist() == [False, True, False, True]
+    before = bank.book.accesses.clone()
+    Episode.over(bank, 2).search(queries[[0, 0]], 1)
+    assert (bank.book.accesses - before).tolist() == [0, 2, 0, 0, 0, 0]
+    assert bank.select(top=2).tolist() == [1, 3]
+    bank.append(torch.ones(2, 6, dtype=F64))
+    assert sorted(bank.append(torch.ones(2, 6, dtype=F64)).tolist()) == [0, 2], "least used"
+
+
+def test_what_is_overwritten_at_once_is_not_in_use():
+    bank = bank_of(torch.eye(3, dtype=F64), live=[1, 1, 0])
+    episode, start = Episode.over(bank, 1), bank.book.now
+    at = episode.least_recent(2)  # the free one, and row 0
+    words = torch.ones(1, 1, 3, dtype=F64)
+    episode.write(at.unsqueeze(1), torch.ones(1, 1, 2, dtype=F64), words, at)
+    assert bank.book.now == start
+    assert not bank.book.last_access[:2].gt(start).any()
+
+
+def test_no_episode_finds_a_row_whose_time_is_over():
+    bank = bank_of(torch.eye(3, dtype=F64), live=[1, 1, 0])
+    bank.write(ids(1), ttl=1)
+    live = []
+    for _ in range(2):
+        Episode.over(bank, 1).search(torch.eye(3, dtype=F64)[:1].unsqueeze(0), 1)
+        live.append(bool(bank.book.live[1]))
+    assert live == [True, False], "there for one call after the write"
 
 
 def test_least_recent_takes_free_slots_then_live_ones_then_those_accessed_longest_ago():
