@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from sparsemem.indexes.buffer import Buffer
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
+    enter_in_place,
     faiss_module,
     from_numpy,
     is_quantised,
@@ -21,6 +23,7 @@ from sparsemem.indexes.kinds import (
     to_faiss,
     updates_in_place,
 )
+from sparsemem.indexes.lists import Lists
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -31,6 +34,7 @@ QUANTISED = 4  # times k candidates where the index scores something coarser tha
 START_EFFORT = 16
 BUILD_CHUNK = 16_384  # rows read at once
 LEAST_TRAINING = 10_000
+MOST_STRAYS = 0.25  # of the live rows: a scan of more would be dearer than looking harder
 
 
 class Setting(NamedTuple):
@@ -38,6 +42,22 @@ class Setting(NamedTuple):
 
     effort: int
     oversample: int
+
+
+class Batch(NamedTuple):
+    """Rows that wait in the buffer, and the marks of their changes so far."""
+
+    ids: Any  # [n]
+    marks: Any  # [n]
+
+
+class Prepared(NamedTuple):
+    """What is to be entered of a batch, and where."""
+
+    batch: Batch
+    vectors: Any  # [n, W]
+    lists: Any  # [n]; None: the index says
+    far: Any  # bool [n]: strays
 
 
 class Abandoned(Exception):
@@ -49,9 +69,14 @@ class Derived:
 
     FAISS counts what is added to it: the count at that time is the entry's *label*. `row_of`
     says which row it was, `label_of` which label is a row's latest. An entry is valid while it is
-    its row's latest, the row is live, and it is not *dirty* (changed and not absorbed yet). The
-    dirty rows are the *buffer*, which is to be searched exactly. So nothing stale gets out, even
-    of kinds that can neither update nor remove.
+    its row's latest, the row is live, and it is not in the *buffer* of rows that were changed and
+    not absorbed yet, which is to be searched exactly. So nothing stale gets out, even of kinds
+    that can neither update nor remove.
+
+    Rows are absorbed in three parts, so that searches and writers hardly wait: `begin` says which,
+    `prepare`, without any lock, finds their lists, `finish` enters those that were not changed
+    meanwhile. A *stray* is a row so far from every list's centroid that no
+    search would find it without looking through many lists: it stays in the buffer.
     """
 
     def __init__(self, table: RowTable, metric: Metric, name: str) -> None:
@@ -65,17 +90,11 @@ class Derived:
         self.holds = True  # the floor of the recall, at that setting
         # Lazily zero: one more than the label, so that 0 is none.
         self.label_of = np.zeros(table.num_rows, np.int64)
-        self.dirty = np.zeros(table.num_rows, np.bool_)
         self.row_of = np.empty(0, np.int64)
+        self.buffer = Buffer(table)
         self.absorbed = 0  # rows changed since it was built
-        self._buffer = np.empty(1024, np.int64)
-        self.buffered = 0
+        self.lists: Lists | None = None
         self._quantisers: tuple[Any, ...] = ()  # kept alive
-
-    @property
-    def buffer(self) -> Any:
-        """Ids of the rows that are dirty, oldest first."""
-        return self._buffer[: self.buffered]
 
     @property
     def entries(self) -> int:
@@ -91,8 +110,12 @@ class Derived:
         lists = num_lists(self.faiss)
         wanted = max(LEAST_TRAINING, 64 * lists)
         step = max(1, len(live) // wanted)
-        self.faiss.train(self._vectors(live[::step].to(self.table.live.device)))
+        training = self._vectors(live[::step].to(self.table.live.device))
+        self.faiss.train(training)
+        centroids = Lists.centroids_of(self.faiss)
         self._quantisers = quicken(self.faiss)
+        if centroids is not None:
+            self.lists = Lists(self.faiss, centroids, training)
         if self.in_place:
             self.faiss.set_direct_map_type(faiss_module().DirectMap.Array)
         for start in range(0, len(live), BUILD_CHUNK):
@@ -105,32 +128,50 @@ class Derived:
 
     def mark(self, ids: Any) -> None:
         """Rows [n] (numpy) have changed: they are searched exactly until they are absorbed."""
-        new = np.unique(ids[~self.dirty[ids]])
-        end = self.buffered + len(new)
-        if end > len(self._buffer):
-            grown = np.empty(2 * end, np.int64)
-            grown[: self.buffered] = self.buffer
-            self._buffer = grown
-        self._buffer[self.buffered : end] = new
-        self.dirty[new] = True
-        self.buffered = end
+        self.buffer.mark(ids[self._live(ids)])
+
+    def forget(self, ids: Any) -> None:
+        """Rows [n] (numpy, distinct) are no longer live."""
+        self.buffer.drop(ids[self.buffer.holds(ids)])
 
     def absorb(self, count: int) -> None:
-        """Take the `count` oldest rows of the buffer into the index."""
-        ids = self.buffer[:count].copy()
-        live = self.table.live.index_select(0, from_numpy(ids, self.table.live)).cpu().numpy()
-        present = ids[live]  # the entries of the others are hidden as long as they are not live
-        vectors = self._vectors(from_numpy(present, self.table.live))
-        known = self.label_of[present] > 0 if self.in_place else np.zeros(len(present), np.bool_)
+        """Take the `count` rows that were changed longest ago into the index, but for strays."""
+        self.finish(self.prepare(self.begin(count)))
+
+    def begin(self, count: int) -> Batch:
+        """Rows to absorb: under the table's write lock."""
+        ids = self.buffer.waiting_longest(count)
+        return Batch(ids, self.buffer.marks[ids])
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """Read the rows and find their lists: needs no lock.
+
+        A row that is torn because it is just being written will have been marked by then.
+        """
+        vectors = self._vectors(from_numpy(batch.ids, self.table.live))
+        if self.lists is None or not len(vectors):
+            return Prepared(batch, vectors, None, np.zeros(len(vectors), np.bool_))
+        lists, squares = self.lists.nearest(vectors)
+        return Prepared(batch, vectors, lists, squares > self.lists.reach)
+
+    def finish(self, prepared: Prepared) -> None:
+        """Enter what was not changed meanwhile and does not stray: under the write lock."""
+        (ids, marks), vectors, lists, far = prepared
+        same = (marks == self.buffer.marks[ids]) & self.buffer.holds(ids)
+        near = same
+        if self.buffer.count <= MOST_STRAYS * self.table.num_live:
+            near = same & ~far
+            self.buffer.rest(ids[same & far])
+        ids, vectors, lists = ids[near], vectors[near], None if lists is None else lists[near]
+        labels = self.label_of[ids] - 1
+        known = labels >= 0 if self.in_place else np.zeros(len(ids), np.bool_)
         if known.any():
-            self.faiss.update_vectors(self.label_of[present[known]] - 1, vectors[known])
+            at = None if lists is None else lists[known]
+            enter_in_place(self.faiss, labels[known], vectors[known], at)
         if not known.all():
-            self._add(present[~known], vectors[~known])
-        self.dirty[ids] = False
+            self._add(ids[~known], vectors[~known])
         self.absorbed += len(ids)
-        left = self.buffered - len(ids)
-        self._buffer[:left] = self._buffer[len(ids) : self.buffered].copy()
-        self.buffered = left
+        self.buffer.drop(ids)
 
     def candidates(
         self, queries: Tensor, k: int, setting: Setting | None = None
@@ -159,7 +200,7 @@ class Derived:
 
     def stale(self) -> int:
         """Entries that are not valid, at least: rows gone or entered again under a new label."""
-        return max(0, self.entries - self.table.num_live) + self.buffered
+        return max(0, self.entries - self.table.num_live) + self.buffer.count
 
     def num_bytes(self) -> int:
         """Memory of the entries and of what is known of them, about."""
@@ -167,16 +208,19 @@ class Derived:
             code = self.faiss.sa_code_size()
         except RuntimeError:
             code = 4 * self.table.width
-        return self.entries * (int(code) + 8 + 8) + self.table.extent * 9 + self._buffer.nbytes
+        known = self.entries * (int(code) + 8 + 8) + self.table.extent * 8
+        return known + self.buffer.num_bytes()
 
     def _proposals(self, vectors: Any, wanted: int, effort: int) -> tuple[Any, Any]:
         """Valid ids [Q, wanted] or -1, and for which queries the index had no more entries."""
         labels = self.faiss.search(vectors, wanted, params=search_parameters(self.faiss, effort))[1]
         ids = self.row_of[labels]  # label -1 takes the last: it is not valid below
-        live = self.table.live.index_select(0, from_numpy(ids.ravel(), self.table.live))
-        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.dirty[ids]
-        valid &= live.cpu().numpy().reshape(ids.shape)
+        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.buffer.holds(ids)
+        valid &= self._live(ids.ravel()).reshape(ids.shape)
         return np.where(valid, ids, -1), (labels < 0).any(1)
+
+    def _live(self, ids: Any) -> Any:
+        return self.table.is_live(from_numpy(ids, self.table.live)).cpu().numpy()
 
     def _vectors(self, ids: Tensor) -> Any:
         return to_faiss(self.table.take(ids), self.metric)

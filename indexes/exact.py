@@ -29,7 +29,7 @@ SPARE = 8  # rows beyond k that are scored themselves
 SCORED_NUMBERS = 2**22  # of rows that are scored themselves at once
 SPAN = 8  # neighbouring rows of which only the best is compared at first
 
-# Makes the blocks of a scan: ids, ascending over all blocks, and rows.
+# Makes the blocks of a scan: ids, ascending over all blocks (but see `best_rows`), and rows.
 Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -62,31 +62,18 @@ def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int)
     return best_rows(table.take, metric, queries, k, blocks)
 
 
-def scan_rows(
-    table: RowTable,
-    metric: Metric,
-    queries: Float[Tensor, "Q W"],
-    ids: Int[Tensor, " n"],
-    k: int,
-) -> Found:
-    """As `scan`, among those of the rows `ids` (distinct, in any order) that are live."""
-    ids = ids[table.is_live(ids)].sort().values
-
-    def blocks() -> Iterable[tuple[Tensor, Tensor]]:
-        for part in torch.split(ids, BLOCK_ROWS):
-            yield part, table.take(part)
-
-    return best_rows(table.take, metric, queries, k, blocks)
-
-
 def best_rows(
     take: Callable[[Tensor], Tensor],
     metric: Metric,
     queries: Float[Tensor, "Q W"],
     k: int,
     blocks: Blocks,
+    ordered: Blocks | None = None,
 ) -> Found:
-    """The k best of the rows in `blocks`, exactly. `take(ids)` gives rows by id."""
+    """The k best of the rows in `blocks`, exactly. `take(ids)` gives rows by id.
+
+    Where the ids of `blocks` do not ascend, `ordered` makes the same rows in order.
+    """
     if not len(queries):
         scores = queries.new_empty(0, k)
         return Found(scores, torch.empty(0, k, dtype=torch.int64, device=queries.device))
@@ -97,7 +84,7 @@ def best_rows(
         floor = found.scores[:, -1] * metric.sign
         unsure = ((beyond >= floor) & (beyond > -torch.inf)).nonzero().squeeze(1)
         if len(unsure):
-            again = row_by_row(metric, some[unsure], k, blocks, floor[unsure])
+            again = row_by_row(metric, some[unsure], k, ordered or blocks, floor[unsure])
             found.scores[unsure], found.ids[unsure] = again
         parts.append(found)
     return joined(parts)

@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparsemem.checks import check_fraction, check_size
-from sparsemem.indexes.base import Found, Index, best_of
+from sparsemem.indexes.base import MISSING, Found, Index, best_of
 from sparsemem.indexes.derived import Derived, Setting
-from sparsemem.indexes.exact import ExactIndex, scan_rows
+from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.kinds import from_numpy, new_faiss_index, num_lists
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.recall import QuerySample
@@ -80,8 +80,12 @@ class FreshIndex(Index):
         self.upkeep.changed(len(rows))
 
     def removed(self, ids: Int[Tensor, " n"]) -> None:
-        """Nothing to tell: an entry counts only while its row is live."""
-        self.upkeep.changed(len(ids))
+        """Search these rows no more. (Their entries count only while they are live.)"""
+        rows = ids.cpu().numpy()
+        for derived in (self.current, self.next):
+            if derived is not None:
+                derived.forget(rows)
+        self.upkeep.changed(len(rows))
 
     def rebuild(self) -> None:
         """Train anew on all live rows and swap the result in, before returning."""
@@ -95,7 +99,8 @@ class FreshIndex(Index):
         """What to watch.
 
         recall (as last measured on live queries; None: not yet), imbalance (1: even lists),
-        buffered (changed rows searched exactly), age (seconds since the lists were trained),
+        buffered (changed rows searched exactly), strays (those of them that stay until the lists
+        are trained anew), age (seconds since the lists were trained),
         rebuilds, bytes, effort and oversample (how hard a search looks), exact (whether all
         searches are scans at the moment), scans (searches that fell back on all rows), error
         (that ended the last upkeep, or None).
@@ -105,7 +110,8 @@ class FreshIndex(Index):
             return {
                 "index": self.name,
                 "imbalance": 1.0 if current is None else current.imbalance(),
-                "buffered": 0 if current is None else current.buffered,
+                "buffered": 0 if current is None else current.buffer.count,
+                "strays": 0 if current is None else current.buffer.strays,
                 "bytes": 0 if current is None else current.num_bytes(),
                 "effort": None if current is None else current.setting.effort,
                 "oversample": None if current is None else current.setting.oversample,
@@ -118,10 +124,9 @@ class FreshIndex(Index):
     ) -> Found:
         """The best of what an index proposes and of its buffer, scored from the rows."""
         ids, unsure = derived.candidates(queries, k, setting)
-        scores = self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
-        if derived.buffered:
-            buffer = from_numpy(derived.buffer, queries)
-            beside = scan_rows(self.table, self.metric, queries, buffer, k)
+        scores = self._scores(queries, ids)
+        if derived.buffer.count:
+            beside = derived.buffer.scan(self.metric, queries, k)
             ids, scores = torch.cat([ids, beside.ids], 1), torch.cat([scores, beside.scores], 1)
         found = best_of(scores, ids, k, self.metric)
         # Lists that were not probed may hold what is still missing.
@@ -131,6 +136,18 @@ class FreshIndex(Index):
             self.scans += 1
             found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
         return found
+
+    def deeper(self, derived: Derived, queries: Tensor, found: Found, setting: Setting) -> Found:
+        """The best of what was found and of what the index proposes at another setting."""
+        k = found.ids.shape[1]
+        ids = derived.candidates(queries, k, setting)[0]
+        again = (ids.unsqueeze(2) == found.ids.unsqueeze(1)).any(2)
+        ids = torch.cat([found.ids, ids.masked_fill(again, MISSING)], 1)
+        scores = torch.cat([found.scores, self._scores(queries, ids[:, k:])], 1)
+        return best_of(scores, ids, k, self.metric)
+
+    def _scores(self, queries: Tensor, ids: Tensor) -> Tensor:
+        return self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
 
     def _search(self, queries: Tensor, k: int) -> Found:
         derived = self.current

@@ -82,6 +82,7 @@ class Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # readers search side by side
         self._latest: deque[float] = deque(maxlen=WATCHED)
+        self.alarms = 0
 
     def add(self, agreement: float, alarm: float) -> float | None:
         """Count one query; the mean agreement if it is under the alarm, and then start again."""
@@ -91,6 +92,7 @@ class Watch:
             if len(self._latest) < WATCHED // 2 or mean >= alarm:
                 return None
             self._latest.clear()
+            self.alarms += 1
             return mean
 
 

@@ -20,11 +20,11 @@ from sparsemem.indexes.worker import Worker, stand_back
 if TYPE_CHECKING:
     from sparsemem.indexes.fresh import FreshIndex
 
-ABSORBED_AT_ONCE = 512  # rows for which searches may have to wait
+ABSORBED_AT_ONCE = 512  # rows
 MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
 CHECK_QUERIES = 8_192  # after so many, and
 CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
-WATCH_EVERY = 16  # searches, while no rows change
+WATCH_DRIFT, WATCH_EVERY = 2, 16  # searches, while rows change and while they do not
 HARDER = 16  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
 PATIENCE = 60.0  # seconds before what failed is tried again
@@ -41,6 +41,7 @@ REPLACED = 0.5  # rows absorbed, as a share of those built from
 GROWN = 2.0  # live rows over those built from
 STALE = 0.3  # share of the entries
 STRAINED = 6  # times the effort of new lists
+STRAYED = 1 / 16  # share of the rows far from all lists
 
 
 class Upkeep:
@@ -76,7 +77,7 @@ class Upkeep:
         index, current = self.index, self.index.current
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else 2)
-        if current is not None and current.buffered > limit:
+        if current is not None and current.buffer.waiting > limit:
             self._guarded("absorb", lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
         if self._worker is None:
             self._guarded("check", self._check_if_due)
@@ -138,34 +139,39 @@ class Upkeep:
 
     def _absorb_due(self) -> bool:
         current = self.index.current
-        return current is not None and current.buffered > self.index.buffer_rows
+        return current is not None and current.buffer.waiting > self.index.buffer_rows
 
     def _absorb(self) -> None:
-        if not self._absorb_due():  # without the lock, which would shut readers out
-            return
-        while True:
-            with self.index.table.lock.write():
-                current = self.index.current
-                if current is None or current.buffered <= self.index.buffer_rows // 2:
-                    return
-                current.absorb(ABSORBED_AT_ONCE)
+        if self._absorb_due() and (current := self.index.current) is not None:
+            self._shorten(current)
+
+    def _shorten(self, derived: Derived) -> None:
+        """Absorb until half as many rows wait as may; the lock is taken for moments only."""
+        lock = self.index.table.lock
+        while derived.buffer.waiting > self.index.buffer_rows // 2:
+            with lock.write():
+                batch = derived.begin(ABSORBED_AT_ONCE)
+            prepared = derived.prepare(batch)
+            with lock.write():
+                derived.finish(prepared)
 
     # Measuring and tuning
 
     def _watch_agreement(self, derived: Derived, queries: Tensor, found: Found) -> None:
-        """Search one query harder: every time while rows drift, else now and then."""
+        """Have the index search one query harder now and then, more often while rows drift."""
         self._searches += 1
-        drifting = derived.absorbed != self._watched_at
-        if self.index.min_recall is None or not (drifting or self._searches % WATCH_EVERY == 0):
+        drifting = derived.buffer.changes != self._watched_at
+        every = WATCH_DRIFT if drifting else WATCH_EVERY
+        if self.index.min_recall is None or self._searches % every:
             return
-        self._watched_at = derived.absorbed
+        self._watched_at = derived.buffer.changes
         setting, limit = derived.setting, derived.knob.limit
         if setting.effort >= limit:
             return
-        one = slice(self._searches % len(queries), self._searches % len(queries) + 1)
+        place = self._searches // every % len(queries)
+        one, known = queries[place : place + 1], Found(*(part[place : place + 1] for part in found))
         much = setting._replace(effort=min(HARDER * setting.effort, limit))
-        truth = self.index.found(derived, queries[one], found.ids.shape[1], much)
-        agreement = recall(Found(found.scores[one], found.ids[one]), truth, self.index.metric)
+        agreement = recall(known, self.index.deeper(derived, one, known, much), self.index.metric)
         mean = self._watch.add(agreement, self._floor(ALARM))
         if mean is not None:
             derived.setting = harder(setting, limit, 1 if mean >= self._floor(0.0) else 2)
@@ -187,7 +193,7 @@ class Upkeep:
         index, derived, queries = self.index, self.index.current, self.index.sample.queries()
         if derived is None or not self._check_due():
             return
-        self._changes, self._checked_queries = 0, index.sample.seen
+        self._changes, self._checked_queries, alarms = 0, index.sample.seen, self._watch.alarms
         self._imbalance = derived.imbalance()
         if not len(queries):
             return
@@ -202,6 +208,8 @@ class Upkeep:
         with index.table.lock.read():  # a swap may have come between: then it is about nothing
             if index.current is not derived:
                 return
+            if self._watch.alarms > alarms:  # of later queries than those that were measured
+                setting = max(setting, derived.setting)
             self._settle(derived, setting, reached)
             if not self._settled_live:
                 self._settled_live, self._built_effort = True, setting.effort
@@ -255,6 +263,7 @@ class Upkeep:
             return True
         worn = current.absorbed > REPLACED * self._built_rows or current.stale() > STALE * live
         hard = current.setting.effort > STRAINED * self._built_effort
+        hard |= current.buffer.strays > STRAYED * live
         return worn or hard or self._imbalance > UNEVEN * self._built_imbalance
 
     def _build_now(self) -> bool:
@@ -283,9 +292,9 @@ class Upkeep:
             try:
                 if built_rows:
                     derived.build(stopped)
-                    self._catch_up(derived)
+                    self._shorten(derived)
                     self._choose(derived)
-                    self._catch_up(derived)
+                    self._shorten(derived)
                 with index.table.lock.write():
                     index.current, self._built_rows = index.next, built_rows
             finally:
@@ -293,12 +302,6 @@ class Upkeep:
             self._built_at, self._built_imbalance = time.monotonic(), derived.imbalance()
             self._imbalance, self._built_effort = self._built_imbalance, derived.setting.effort
             self.rebuilds += 1
-
-    def _catch_up(self, derived: Derived) -> None:
-        """Absorb what has changed while it was built, until little is left."""
-        while derived.buffered > self.index.buffer_rows // 2:
-            with self.index.table.lock.read():  # keeps writers, who mark rows, out
-                derived.absorb(ABSORBED_AT_ONCE)
 
     def _choose(self, derived: Derived) -> None:
         """How hard to look, found on live queries, or on rows while there are none."""

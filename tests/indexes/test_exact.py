@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemem.indexes import exact
-from sparsemem.indexes.exact import ExactIndex, first_best, highest, scan_rows, upper_bounds
+from sparsemem.indexes.exact import ExactIndex, first_best, highest, upper_bounds
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -197,21 +197,6 @@ def test_no_row_exceeds_its_bound(metric, kind):
     assert (bounds >= exactly * metric.sign).all()
     if kind == "normal":  # and they are of use
         assert (bounds - own).max() < 0.02
-
-
-@metrics
-def test_some_rows_only(metric, small_blocks):
-    rows = torch.randn(400, 5).round()
-    table = table_of(rows, torch.rand(400) < 0.7)
-    ids = torch.randperm(400)[:150]
-    queries = torch.randn(4, 5).round()
-    for k in (1, 10, 200):
-        found = scan_rows(table, metric, queries, ids, k)
-        scores, expected = plain(table, metric, queries, k, among=set(ids.tolist()))
-        assert torch.equal(found.ids, expected)
-        assert torch.equal(found.scores, scores)
-    none = scan_rows(table, metric, queries, ids[:0], 2)
-    assert none.ids.tolist() == [[-1, -1]] * 4
 
 
 def test_a_row_removed_between_the_scans_is_missed_but_breaks_nothing(monkeypatch, small_blocks):

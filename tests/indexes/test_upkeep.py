@@ -18,7 +18,7 @@ from tests.oracles.fresh_index import LISTS, K, N, W, agreement, clustered, make
 pytestmark = pytest.mark.usefixtures("told")
 
 
-@pytest.mark.parametrize(("name", "method"), [(LISTS, "update_vectors"), ("Flat", "add")])
+@pytest.mark.parametrize(("name", "method"), [(LISTS, "encode_vectors"), ("Flat", "add")])
 def test_an_interrupted_absorption_leaves_the_truth(name, method, monkeypatch, told):
     index = make(name, buffer_rows=10)
     rows = clustered(30, seed=4)
@@ -129,7 +129,7 @@ def test_the_watch_looks_harder_between_checks():
     tuned = index.stats()["effort"]
     index.current.setting = index.current.setting._replace(effort=1)
     for number in range(60):
-        index.current.absorbed += 1  # as if rows drifted
+        index.current.buffer.changes += 1  # as if rows drifted
         index.search(queries[number : number + 8], K)
     assert tuned / 2 <= index.stats()["effort"] <= 16
     assert index.stats()["recall"] > 0.97  # no check was due in between
@@ -169,7 +169,7 @@ def test_a_greater_k_is_tuned_for():
 def test_no_queries_are_no_reason_to_look_harder():
     index = make(min_recall=0.95)
     for _ in range(40):
-        index.current.absorbed += 1
+        index.current.buffer.changes += 1
         found = index.search(torch.zeros(0, W), K)
     assert found.ids.shape == (0, K)
 
@@ -233,7 +233,7 @@ def test_trained_anew_after_growth_wear_and_crowding():
     before = index.stats()["imbalance"]
     for start in range(0, 1600, 400):  # under the half, but all of them into one list
         ids = torch.arange(start, start + 400)
-        index.update(ids, torch.ones(400, W) + 0.01 * rows[ids])
+        index.update(ids, rows[:1] + 0.01 * rows[ids])
     index.upkeep._changes = 10**6
     index.update(torch.arange(1), rows[:1])
     assert index.stats()["rebuilds"] == 2

@@ -1,0 +1,143 @@
+"""Changed rows beside an index: packed, so that a scan of them needs no gathering."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.exact import BLOCK_ROWS, best_rows
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
+
+FIRST_CAPACITY = 1_024
+
+
+class Buffer:
+    """Rows of a table that an index does not know as they are now.
+
+    A row has a *place* here from its first change until it is dropped; then one of the last takes
+    its place. It *waits* to be looked at, in the order of the changes, until it is dropped or is
+    told to rest: then it stays. `marks` counts changes, so that who has looked at a row can see
+    whether it was changed since. What changes anything is called under the table's write lock; a
+    scan under its read lock.
+    """
+
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
+        self.count = self.waiting = self.changes = 0
+        # By row, lazily zero: one more than its place; its latest change; whether it waits.
+        self.place = np.zeros(table.num_rows, np.int32)
+        self.marks = np.zeros(table.num_rows, np.int64)
+        self.waits = np.zeros(table.num_rows, np.bool_)
+        self._ids = np.empty(FIRST_CAPACITY, np.int64)
+        self._rows = torch.empty(
+            FIRST_CAPACITY, table.width, dtype=table.dtype, device=table.rows.device
+        )
+        self._queue: deque[Any] = deque()  # arrays of ids; those that no longer wait may be in it
+
+    @property
+    def ids(self) -> Any:
+        """Ids [count] of the rows, by place."""
+        return self._ids[: self.count]
+
+    @property
+    def strays(self) -> int:
+        """Rows that were looked at and stay."""
+        return self.count - self.waiting
+
+    def holds(self, ids: Any) -> Any:
+        """Which of the rows (numpy, any shape) are here."""
+        return self.place[ids] > 0
+
+    def mark(self, ids: Any) -> None:
+        """Rows [n] (numpy) have changed."""
+        ids = np.unique(ids)
+        new = ids[self.place[ids] == 0]
+        end = self.count + len(new)
+        self._reserve(end)
+        self._ids[self.count : end] = new
+        self.place[new] = np.arange(self.count + 1, end + 1)
+        self.count = end
+        places = self._tensor(self.place[ids].astype(np.int64) - 1)
+        self._rows.index_copy_(0, places, self.table.take(self._tensor(ids)))
+        self.changes += 1
+        self.marks[ids] = self.changes
+        idle = ids[~self.waits[ids]]
+        self._queue.append(idle)
+        self.waits[idle] = True
+        self.waiting += len(idle)
+
+    def waiting_longest(self, count: int) -> Any:
+        """The ids of `count` rows that have waited longest, or of all; they go on waiting."""
+        found = [np.empty(0, np.int64)]
+        front: list[Any] = []
+        while count > 0 and self._queue:
+            ids = self._queue.popleft()
+            ids = ids[self.waits[ids]]
+            if len(ids):
+                front.append(ids)
+            found.append(ids[:count])
+            count -= len(found[-1])
+        self._queue.extendleft(reversed(front))
+        return np.unique(np.concatenate(found))
+
+    def rest(self, ids: Any) -> None:
+        """Rows [n] (distinct) need not be looked at again until they are changed."""
+        self.waiting -= int(self.waits[ids].sum())
+        self.waits[ids] = False
+
+    def drop(self, ids: Any) -> None:
+        """Rows [n] (distinct) that are here leave."""
+        self.rest(ids)
+        count = self.count - len(ids)
+        holes = self.place[ids].astype(np.int64) - 1
+        self.place[ids] = 0
+        # Rows behind the new end move into the holes before it.
+        behind = self._ids[count : self.count]
+        stay = np.flatnonzero(self.place[behind] > 0) + count
+        holes = holes[holes < count]
+        moved = self._ids[stay]
+        self._ids[holes] = moved
+        self.place[moved] = holes + 1
+        self._rows.index_copy_(0, self._tensor(holes), self._rows[self._tensor(stay)])
+        self.count = count
+
+    def scan(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
+        """The k best of the rows, exactly: by score, then id."""
+        ids = self._tensor(self.ids)
+
+        def blocks() -> Iterable[tuple[Tensor, Tensor]]:
+            return zip(
+                torch.split(ids, BLOCK_ROWS),
+                torch.split(self._rows[: self.count], BLOCK_ROWS),
+                strict=True,
+            )
+
+        def ordered() -> Iterable[tuple[Tensor, Tensor]]:
+            places = ids.argsort()
+            for part in torch.split(places, BLOCK_ROWS):
+                yield ids[part], self._rows[part]
+
+        return best_rows(self.table.take, metric, queries, k, blocks, ordered)
+
+    def num_bytes(self) -> int:
+        """Memory of the rows and of the marks that can have been touched, about."""
+        return int(self._rows.nbytes + self._ids.nbytes + 13 * self.table.extent)
+
+    def _reserve(self, count: int) -> None:
+        if count <= len(self._ids):
+            return
+        ids = np.empty(2 * count, np.int64)
+        rows = self._rows.new_empty(2 * count, self.table.width)
+        ids[: self.count], rows[: self.count] = self.ids, self._rows[: self.count]
+        self._ids, self._rows = ids, rows
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.from_numpy(ids).to(self._rows.device)

@@ -1,0 +1,44 @@
+"""The inverted lists of a FAISS index: which is nearest to a row, and how near is usual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsemem.indexes.kinds import faiss_module
+
+MEASURED = 16_384  # training rows whose distances are taken
+# A row strays when its squared distance is beyond the training rows' upper quartile by four times
+# what lies between median and quartile, as it is for 2 in 1,000 of normal rows. Not a higher
+# quantile: a fifth of the training rows may be on the move.
+QUARTILES, SPANS, LEAST = (0.5, 0.75), 4.0, 1.25
+
+
+class Lists:
+    """The lists of a trained `IndexIVF`, by their centroids."""
+
+    def __init__(self, index: Any, centroids: Any, training: Any) -> None:
+        self._index = index
+        self._squares = np.einsum("lw,lw->l", centroids, centroids)
+        some = training[:: max(1, len(training) // MEASURED)]
+        middle, upper = np.quantile(self.nearest(some)[1], QUARTILES)
+        self.reach = float(max(upper + SPANS * (upper - middle), LEAST * upper))
+
+    @staticmethod
+    def centroids_of(index: Any) -> Any | None:
+        """Centroids [L, W]; None for an index without lists of its own or that hides them."""
+        if not isinstance(index, faiss_module().IndexIVF):
+            return None
+        try:
+            return index.quantizer.reconstruct_n(0, index.nlist)
+        except RuntimeError:
+            return None
+
+    def nearest(self, vectors: Any) -> tuple[Any, Any]:
+        """The list that each vector [n, W] belongs to, and its squared distance."""
+        scores, lists = self._index.quantizer.search(vectors, 1)
+        scores, lists = scores[:, 0], lists[:, 0].clip(min=0)  # -1, infinitely far: none was found
+        if self._index.metric_type == faiss_module().METRIC_L2:
+            return lists, scores
+        return lists, np.einsum("nw,nw->n", vectors, vectors) + self._squares[lists] - 2 * scores

@@ -1,0 +1,112 @@
+"""The buffer against a dictionary; what a scan of it finds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsemem.indexes import buffer, exact
+from sparsemem.indexes.buffer import Buffer
+from sparsemem.indexes.exact import ExactIndex
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
+
+N, W = 30, 4
+
+
+def make() -> Buffer:
+    return Buffer(RowTable(torch.randn(N, W).round(), torch.zeros(N, dtype=torch.bool)))
+
+
+ids = st.lists(st.integers(0, N - 1), max_size=12)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("mark"), ids),
+        st.tuples(st.just("drop"), ids),
+        st.tuples(st.just("look"), st.integers(0, 40)),
+    ),
+    max_size=25,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(buffer, "FIRST_CAPACITY", 2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations)
+def test_against_a_dictionary(steps):
+    held, tested, rows = {}, make(), {}  # held: whether it waits, oldest change first
+    for number, (what, arguments) in enumerate(steps):
+        if what == "mark":
+            tested.table.rows[arguments] = float(number)
+            tested.mark(np.array(arguments, np.int64))
+            for i in sorted(set(arguments)):
+                held[i] = held.pop(i) if held.get(i) else True
+                rows[i] = float(number)
+        elif what == "drop":
+            gone = sorted({i for i in arguments if i in held})
+            tested.drop(np.array(gone, np.int64))
+            for i in gone:
+                del held[i]
+        else:
+            waiting = {i for i in held if held[i]}
+            looked = tested.waiting_longest(arguments).tolist()
+            assert len(looked) == len(set(looked))
+            assert set(looked) <= waiting
+            assert len(looked) == min(arguments, len(waiting)) or _repeated(tested)
+            tested.rest(np.array(looked, np.int64))
+            held.update(dict.fromkeys(looked, False))
+        assert sorted(tested.ids.tolist()) == sorted(held)
+        assert tested.holds(np.arange(N)).nonzero()[0].tolist() == sorted(held)
+        assert (tested.count, tested.waiting) == (len(held), sum(held.values()))
+        assert tested.strays == len(held) - sum(held.values())
+        packed = tested._rows[: tested.count, 0]
+        assert packed.tolist() == [rows[i] for i in tested.ids.tolist()]
+
+
+def _repeated(tested: Buffer) -> bool:
+    """A row that left the queue and came again may stand in it twice, which costs a place."""
+    queued = np.concatenate([*tested._queue, np.empty(0, np.int64)])
+    return len(np.unique(queued)) < len(queued)
+
+
+def test_rows_wait_in_the_order_of_their_changes():
+    tested = make()
+    for group in ([3, 4], [1], [3, 9], [0]):
+        tested.mark(np.array(group))
+    assert tested.waiting_longest(2).tolist() == [3, 4]
+    assert tested.waiting_longest(3).tolist() == [1, 3, 4]
+    tested.rest(np.array([3, 4]))
+    assert tested.waiting_longest(2).tolist() == [1, 9]
+    assert tested.waiting_longest(99).tolist() == [0, 1, 9]
+
+
+def test_marks_tell_that_a_row_was_changed_again():
+    tested = make()
+    tested.mark(np.array([1, 2]))
+    before = tested.marks[[1, 2]].copy()
+    tested.mark(np.array([2]))
+    assert (tested.marks[[1, 2]] == before).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("block", [7, 1000])
+def test_a_scan_finds_what_an_exact_search_of_these_rows_finds(metric, block, monkeypatch):
+    monkeypatch.setattr(buffer, "BLOCK_ROWS", block)
+    monkeypatch.setattr(exact, "SPARE", 0)  # ties go beyond what is scored at first
+    rows = torch.randn(200, W, generator=torch.Generator().manual_seed(1)).round()
+    table = RowTable(rows, torch.zeros(200, dtype=torch.bool))
+    tested = Buffer(table)
+    for start in (100, 0, 50):
+        tested.mark(np.arange(start, start + 40))
+    tested.drop(np.arange(110, 130))
+    table.set_live(torch.from_numpy(np.sort(tested.ids)), True)
+    queries = torch.randn(6, W, generator=torch.Generator().manual_seed(2)).round()
+    for k in (1, 5, 120):
+        truth = ExactIndex(table, metric).search(queries, k)
+        found = tested.scan(metric, queries, k)
+        assert torch.equal(found.ids, truth.ids)
+        assert torch.equal(found.scores, truth.scores)
