@@ -25,6 +25,22 @@ def cosine(query: Float[Tensor, "*B W"], rows: Float[Tensor, "*B S W"]) -> Float
     return dot * inverse_norm(rows) * inverse_norm(query).unsqueeze(-1)
 
 
+def cosine_gradients(
+    query: Float[Tensor, "*B W"],
+    rows: Float[Tensor, "*B S W"],
+    scores: Float[Tensor, "*B S"],
+    gradient: Float[Tensor, "*B S"],
+) -> tuple[Float[Tensor, "*B W"], Float[Tensor, "*B S W"]]:
+    """d cos / dm = q / (|q||m|) - cos m / |m|^2, and the same for q; norms softened by epsilon."""
+    query_factor, factors = inverse_norm(query).unsqueeze(-1), inverse_norm(rows)
+    across = (gradient * query_factor * factors).unsqueeze(-1)
+    along = gradient * scores
+    shrink = along.sum(-1, keepdim=True) * query_factor.square()
+    of_query = (across * rows).sum(-2).addcmul_(shrink, query, value=-1)
+    shrinks = (along * factors.square()).unsqueeze(-1)
+    return of_query, (across * query.unsqueeze(-2)).addcmul_(shrinks, rows, value=-1)
+
+
 class Metric(StrEnum):
     """`cosine` and `ip` (inner product): more is better; `l2` (squared distance): less is."""
 
@@ -54,3 +70,19 @@ class Metric(StrEnum):
         if self is Metric.ip:
             return (rows * query.unsqueeze(-2)).sum(-1)
         return (rows - query.unsqueeze(-2)).square().sum(-1)
+
+    def gradients(
+        self,
+        query: Float[Tensor, "*B W"],
+        rows: Float[Tensor, "*B S W"],
+        scores: Float[Tensor, "*B S"],
+        gradient: Float[Tensor, "*B S"],
+    ) -> tuple[Float[Tensor, "*B W"], Float[Tensor, "*B S W"]]:
+        """Those of queries and rows, from that of their scores: what autograd makes of `scores`."""
+        if self is Metric.cosine:
+            return cosine_gradients(query, rows, scores, gradient)
+        gradient = gradient.unsqueeze(-1)
+        if self is Metric.ip:
+            return (gradient * rows).sum(-2), gradient * query.unsqueeze(-2)
+        of_rows = (rows - query.unsqueeze(-2)).mul_(2 * gradient)
+        return -of_rows.sum(-2), of_rows

@@ -24,9 +24,10 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
-from sparsemem.bank.rows import gather, gather_pairs, new_storage
+from sparsemem.bank.rows import gather, gather_pairs, gather_scored, new_storage
 from sparsemem.bank.store import RAM, RowStore
 from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
+from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
 POLICIES = ("tf-idf",)
@@ -173,13 +174,12 @@ class MemoryBank(RowStore):
         with torch.autocast(self.keys.device.type, enabled=False):
             flat = queries.reshape(-1, self.width).to(self.computing_dtype)
             with self.table.lock.read():
-                ids = self.index.search(flat, top_k).ids
-                rows = self.gather(ids)
-                values = rows if self.values is None else gather(self.values, ids, self)
-                self._accessed(ids)
-            scores = self.metric.scores(flat, rows).masked_fill(ids < 0, self.metric.missing)
+                found = self.index.search(flat, top_k)
+                rows, scores = self._scored(flat, found)
+                values = rows if self.values is None else gather(self.values, found.ids, self)
+                self._accessed(found.ids)
         shape = queries.shape[:-1]
-        parts = (rows, values, scores, ids)
+        parts = (rows, values, scores, found.ids)
         return Hit(*(part.view(*shape, *part.shape[1:]) for part in parts))
 
     forward = read
@@ -362,6 +362,14 @@ class MemoryBank(RowStore):
             str(self.width) if self.value_width is None else f"{self.width}, {self.value_width}"
         )
         return f"{self.num_rows}, {widths}, index={self.index_name!r}, metric={str(self.metric)!r}"
+
+    def _scored(self, queries: Tensor, found: Found) -> tuple[Tensor, Tensor]:
+        """The rows that a search found and their scores, both differentiable."""
+        if not self.has_product_keys:
+            return gather_scored(self.keys, queries, found, self)
+        rows = gather_pairs(self.keys, found.ids, self.computing_dtype)
+        scores = self.metric.scores(queries, rows)
+        return rows, scores.masked_fill(found.ids < 0, self.metric.missing)
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
         if ids is not None:

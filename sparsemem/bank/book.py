@@ -57,6 +57,7 @@ class RowBook(nn.Module):
         # Where there is a selection, only its rows are trainable; `selected` marks them.
         self.register_buffer("selection", None, persistent=False)
         self.num_frozen = 0
+        self.last_written = 0  # clock time of the last write of any row, or later
         self._lock = threading.Lock()
 
     @property
@@ -75,6 +76,12 @@ class RowBook(nn.Module):
         with self._lock:
             self.last_access.index_fill_(0, ids, self.now)
             self.accesses.index_add_(0, ids, torch.ones_like(ids))
+
+    def wrote(self, ids: Int[Tensor, " n"]) -> None:
+        """Mark a write and an access of distinct rows, at the present time."""
+        self.written.index_fill_(0, ids, self.now)
+        self.last_written = self.now
+        self.accessed(ids)
 
     def enter(
         self, ids: Int[Tensor, " n"], tags: Int[Tensor, " n"], expiry: Int[Tensor, " n"]
@@ -102,8 +109,10 @@ class RowBook(nn.Module):
         """Which rows may take a gradient of what was read at time `since` (-1: no row)."""
         safe = ids.clamp(min=0)
         result = (ids >= 0) & self.live.index_select(0, safe)
-        result &= ~self.frozen.index_select(0, safe)
-        result &= self.written.index_select(0, safe) <= since
+        if self.num_frozen:
+            result &= ~self.frozen.index_select(0, safe)
+        if self.last_written > since:
+            result &= self.written.index_select(0, safe) <= since
         if self.selection is not None:
             result &= self.selected.index_select(0, safe)
         return result
@@ -111,6 +120,7 @@ class RowBook(nn.Module):
     def recount(self) -> None:
         """Derive the counts anew after the columns were replaced: O(N)."""
         self.num_frozen = int(self.frozen.count_nonzero())
+        self.last_written = self.now
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparsemem.indexes.base import Found
+
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
 
@@ -97,6 +99,18 @@ def fill_normal(table: Float[Tensor, "n w"], generator: torch.Generator, deviati
         part.copy_(numbers.mul_(deviation))
 
 
+def taken(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [*S, W] as `dtype`; zeros where the id is -1."""
+    flat = ids.flatten()
+    missing = flat < 0
+    if missing.any():
+        rows = table.index_select(0, flat.clamp(min=0)).to(dtype)
+        rows.masked_fill_(missing.unsqueeze(1), 0)
+    else:
+        rows = table.index_select(0, flat).to(dtype)
+    return rows.view(*ids.shape, rows.shape[1])
+
+
 class GatherRows(torch.autograd.Function):
     """rows = table[ids]; the gradient is row-sparse, and none for rows that are not trainable."""
 
@@ -105,23 +119,58 @@ class GatherRows(torch.autograd.Function):
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
         ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
-        rows = table.index_select(0, ids.flatten().clamp(min=0)).to(bank.computing_dtype)
-        return rows.view(*ids.shape, rows.shape[1]).masked_fill_((ids < 0).unsqueeze(-1), 0)
+        return taken(table, ids, bank.computing_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """A sparse COO tensor with one entry for each trainable row that was read."""
         (ids,) = ctx.saved_tensors
-        flat = ids.flatten()
-        kept = ctx.bank.is_trainable(flat, ctx.time)
-        flat, values = flat[kept], gradient.reshape(len(flat), ctx.shape[1])[kept]
-        sparse = torch.sparse_coo_tensor(
-            flat.unsqueeze(0), values, ctx.shape, check_invariants=False
-        )
-        if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
-            sparse = sparse.coalesce()
-        return sparse.to(ctx.dtype), None, None
+        return sparse_gradient(ctx, ids, gradient), None, None
+
+
+class ScoredRows(torch.autograd.Function):
+    """As `GatherRows`, with the scores that a search has computed from the same rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, queries: Tensor, ids: Tensor, scores: Tensor, bank: MemoryBank
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [Q, K, W] (zeros where the id is -1) and their scores [Q, K]."""
+        rows = taken(table, ids, bank.computing_dtype)
+        scores = scores.clone()  # an output of its own
+        ctx.save_for_backward(ids, queries, rows, scores)
+        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
+        ctx.set_materialize_grads(False)
+        return rows, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, by_score: Tensor | None) -> Any:
+        """That of the table is sparse, with one entry for each trainable row that was read."""
+        ids, queries, rows, scores = ctx.saved_tensors
+        of_queries = None
+        if by_score is not None:
+            missing = ids < 0
+            if missing.any():  # their scores are constant, and infinite
+                by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
+            of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
+            gradient = of_rows if gradient is None else of_rows.add_(gradient)
+        if gradient is None:  # nothing depends on either
+            gradient = torch.zeros_like(rows)
+        return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None
+
+
+def sparse_gradient(ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
+    """Of a table, from that of its rows [*S, W]: an entry for each trainable row that was read."""
+    flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
+    kept = ctx.bank.is_trainable(flat, ctx.time)
+    if not kept.all():
+        flat, values = flat[kept], values[kept]
+    sparse = torch.sparse_coo_tensor(flat.unsqueeze(0), values, ctx.shape, check_invariants=False)
+    if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
+        sparse = sparse.coalesce()
+    return sparse.to(ctx.dtype)
 
 
 def gather(
@@ -133,6 +182,15 @@ def gather(
     pass is another row: it gets no gradient from this one's.
     """
     return GatherRows.apply(table, ids, bank)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def gather_scored(
+    table: Float[Tensor, "N W"], queries: Float[Tensor, "Q W"], found: Found, bank: MemoryBank
+) -> tuple[Float[Tensor, "Q K W"], Float[Tensor, "Q K"]]:
+    """As `gather`, the rows that a search found, and their scores, differentiable in both."""
+    return ScoredRows.apply(  # type: ignore[no-untyped-call, no-any-return]
+        table, queries, found.ids, found.scores, bank
+    )
 
 
 def gather_pairs(

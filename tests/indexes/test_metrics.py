@@ -47,6 +47,20 @@ def test_scores_pass_gradcheck(metric):
     assert torch.autograd.gradcheck(metric.scores, (query, rows))
 
 
+@metrics
+def test_gradients_are_those_of_autograd(metric):
+    query = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    rows[0, 1, 2] = 0
+    rows.requires_grad_()
+    scores, gradient = metric.scores(query, rows), torch.randn(2, 3, 4, dtype=torch.float64)
+    expected = torch.autograd.grad(scores, (query, rows), gradient)
+    with torch.no_grad():
+        found = metric.gradients(query, rows, scores, gradient)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
 def test_an_all_zero_row_has_similarity_zero_and_a_finite_gradient():
     query, rows = torch.ones(4), torch.zeros(2, 4, requires_grad=True)
     scores = cosine(query, rows)
