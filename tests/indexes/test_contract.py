@@ -32,6 +32,11 @@ KINDS = [
     Kind("HNSW8"),
     Kind("LSH", metrics=(Metric.cosine, Metric.l2)),
 ]
+# Tuned to the floor of its recall while it works, it looks into some of its lists only: asked for
+# few rows, as all lists are needed where they hold less than was asked for.
+TUNED = Kind("IVF8,Flat", floor=0.8, ks=(1, 2, 3))
+KINDS.append(TUNED)
+EAGER = {"CHECK_ROWS": 3, "CHECK_QUERIES": 4, "SAMPLE": 4, "WATCH_EVERY": 2}
 CASES = [(kind, metric) for kind in KINDS for metric in kind.metrics]
 
 work = st.lists(
@@ -48,8 +53,10 @@ STEADY = {"STALE": 1e9, "GROWN": 1e9, "REPLACED": 1e9, "UNEVEN": 1e9, "PATIENCE"
 
 def run(kind: Kind, metric: Metric, operations, manner: Manner, dtype=torch.float64) -> None:
     driver = ProductWork if kind.name == "product-key" else Work
-    steady = mock.patch.multiple(upkeep, **(STEADY if manner.steady else {"PATIENCE": 0.0}))
-    with warnings.catch_warnings(), steady:
+    changed = STEADY if manner.steady else {"PATIENCE": 0.0}
+    if kind.floor is not None:
+        changed = {**changed, **EAGER}
+    with warnings.catch_warnings(), mock.patch.multiple(upkeep, **changed):
         warnings.simplefilter("ignore", UserWarning)  # of upkeep that fails, as it is made to
         done = driver(kind, metric, dtype, manner)
         for operation, seed in operations:
@@ -71,6 +78,23 @@ kinds = pytest.mark.parametrize("kind", KINDS, ids=named)
 @cases
 def test_random_work(kind, metric):
     sequences(12)(given(work, manners)(lambda ops, manner: run(kind, metric, ops, manner)))()
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_the_tuned_kind_looks_into_some_of_its_lists_and_is_tuned_while_it_works(metric):
+    with mock.patch.multiple(upkeep, **STEADY, **EAGER):
+        done = Work(TUNED, metric, torch.float64, Manner(40, 3, steady=True))
+        efforts, recalls = [], []
+        for seed in range(60):
+            done.apply(("update", "touch", "remove")[seed % 3], seed)
+            stats = done.index.stats()
+            efforts.append(stats["effort"])
+            recalls.append(stats["recall"])
+            assert not stats["exact"]
+    assert max(efforts) < 8
+    assert len(set(efforts)) > 1
+    assert len(set(recalls)) > 5
+    assert TUNED.floor <= min(recalls) < 1
 
 
 @pytest.mark.slow

@@ -33,12 +33,14 @@ class Kind(NamedTuple):
     exhaustive: bool = False  # scores as good as exact search's, though ties may fall otherwise
     metrics: tuple[Metric, ...] = tuple(Metric)
     fresh: bool = True  # a FAISS kind, kept true by a `FreshIndex`
+    floor: float | None = None  # of the recall that it is tuned for
+    ks: tuple[int, ...] = (1, 2, 5, 50)  # rows asked for: fewer and more than there are
 
     def index(self, table: RowTable, metric: Metric, manner: Manner) -> Any:
-        """Built from the first row on, not tuned, and looked after in the calling thread."""
+        """Built from the first row on, and looked after in the calling thread."""
         options: dict[str, Any] = {}
         if self.fresh:
-            options = {"background": False, "exact_below": 1, "min_recall": None}
+            options = {"background": False, "exact_below": 1, "min_recall": self.floor}
             options["buffer_rows"] = manner.buffer_rows
         return make_index(self.name, table, metric, **options)
 
@@ -199,7 +201,7 @@ class Work:
         known = sorted(self.fresh or self.rows)
         vectors = [self.rows[random.choice(known)]] if known else [self.vector(random)]
         vectors.append(self.vector(random))
-        queries, k = self.tensor(vectors), random.choice((1, 2, 5, 50))
+        queries, k = self.tensor(vectors), random.choice(self.kind.ks)
         copy = queries.clone()
         found: Found = self.index.search(queries, k)
         assert torch.equal(queries, copy), "the caller's queries have changed"
