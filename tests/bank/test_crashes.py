@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsemem import files
 from sparsemem.bank import MemoryBank, folder, journal
 from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.bank.recovery import verify_folder
 from tests.oracles.bank_state import NUM_ROWS, fill, names, new_bank, reopened, rows_of
+from tests.oracles.failing_disk import fail_at
 
 OPERATIONS = st.lists(
     st.tuples(
@@ -170,148 +170,6 @@ def test_without_sync_the_end_of_the_machine_loses_the_last_operations_only(
         assert found >= oldest  # what was there at an earlier crash is there at a later one
         oldest = found
     assert oldest == len(states) - 1
-
-
-def fail_at(monkeypatch, module, name, number, code):
-    """Let one call of a function fail, counting from 0."""
-    real, calls = getattr(module, name), []
-
-    def failing(*arguments, **options):
-        calls.append(name)
-        if len(calls) == number + 1:
-            raise OSError(code, os.strerror(code))
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(module, name, failing)
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "code"),
-    [
-        (os, "fsync", errno.EIO),
-        (os, "write", errno.ENOSPC),
-        (os, "replace", errno.EROFS),
-        (folder, "replace_file", errno.EACCES),
-    ],
-)
-def test_a_save_that_fails_anywhere_leaves_the_old_state_whole(
-    tmp_path, monkeypatch, small_shards, module, name, code
-):
-    number, failed = 0, True
-    while failed:
-        path = tmp_path / f"bank{number}"
-        bank = fill(new_bank(path))
-        bank.save()
-        bank.append(torch.randn(2, 3))
-        failed = False
-        with monkeypatch.context() as patch:
-            fail_at(patch, module, name, number, code)
-            try:
-                bank.save()
-            except BankError as error:
-                assert os.strerror(code) in str(error)  # noqa: PT017
-                failed = True
-        shutil.copytree(path, tmp_path / f"copy{number}")
-        assert rows_of(MemoryBank.load(tmp_path / f"copy{number}")) == rows_of(bank)
-        bank.write(torch.tensor([0]), torch.randn(1, 3))  # still durable; another shard
-        shutil.copytree(path, tmp_path / f"after{number}")
-        assert rows_of(MemoryBank.load(tmp_path / f"after{number}")) == rows_of(bank)
-        bank.save()
-        assert rows_of(reopened(bank, path)) == rows_of(bank)
-        number += 1
-    assert number > 1
-
-
-def test_a_failed_save_gives_back_its_room(tmp_path, monkeypatch, small_shards):
-    bank = fill(new_bank(tmp_path / "bank"))
-    bank.save()
-    before = names(tmp_path / "bank")
-    bank.append(torch.randn(6, 3))
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.raises(BankError, match=r"cannot write to .*bank: full; what it held before"):
-            bank.save()
-    assert names(tmp_path / "bank") == sorted([*before, "log-00000002"])
-
-
-def test_a_save_that_is_interrupted_before_it_writes_forgets_no_shard(
-    tmp_path, monkeypatch, small_shards
-):
-    bank = fill(new_bank(tmp_path / "bank"))
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.BankFolder, "_used", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            bank.save()
-    bank.save()
-    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
-
-
-def test_a_full_disk_refuses_a_write_and_changes_nothing(tmp_path, monkeypatch):
-    bank = fill(new_bank(tmp_path / "bank"))
-    expected = rows_of(bank)
-    for write in (
-        lambda: bank.append(torch.randn(1, 3)),
-        lambda: bank.write(torch.tensor([0]), torch.randn(1, 3)),
-        lambda: bank.remove(torch.tensor([0])),
-        lambda: bank.freeze(torch.tensor([0])),
-    ):
-        with monkeypatch.context() as patch:
-            fail_at(patch, journal.os, "write", 0, errno.ENOSPC)
-            with pytest.raises(BankError, match="log-00000000: No space left on device; the bank"):
-                write()
-        assert rows_of(bank) == expected
-    assert bank.read(torch.tensor(expected[0][0])[None], 1).ids.tolist() == [[0]]
-    assert rows_of(reopened(bank, tmp_path / "bank")) == expected
-
-
-def test_a_file_size_limit_is_a_full_disk(tmp_path):
-    resource = pytest.importorskip("resource")
-    bank = new_bank(tmp_path / "bank", num_rows=200_000)
-    bank.append(torch.randn(2, 3))
-    expected = rows_of(bank)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(BankError, match=r"cannot write to .*log-00000000: File too large"):
-            bank.append(torch.randn(100_000, 3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert rows_of(bank) == expected
-    bank.append(torch.randn(2, 3))
-    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_read_only_folder_is_an_error(tmp_path):
-    bank = fill(new_bank(tmp_path / "bank"))
-    (tmp_path / "bank").chmod(0o500)
-    try:
-        with pytest.raises(BankError, match="Permission denied"):
-            bank.save()
-    finally:
-        (tmp_path / "bank").chmod(0o700)
-    assert rows_of(reopened(bank, tmp_path / "bank")) == rows_of(bank)
-
-
-def test_a_folder_that_cannot_be_locked_is_an_error(tmp_path, monkeypatch):
-    fill(new_bank(tmp_path / "bank")).close()
-    fail_at(monkeypatch, os, "open", 0, errno.EROFS)
-    with pytest.raises(BankError, match=r"cannot open .*lock: Read-only file system"):
-        MemoryBank.load(tmp_path / "bank")
-
-
-def test_a_snapshot_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    bank = fill(new_bank())
-    with monkeypatch.context() as patch:
-        fail_at(patch, files.os, "replace", 0, errno.ENOSPC)
-        with pytest.raises(BankError, match=r"cannot write to .*saved: No space left"):
-            bank.save(tmp_path / "saved")
-    assert list(tmp_path.iterdir()) == []
-    bank.save(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("table", ["keys", "values"])
