@@ -18,10 +18,13 @@ from sparsemem.console import user_errors
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
+from sparsemem.training.calibration import plan_seconds
 from sparsemem.training.config import Config, load_config
 from sparsemem.training.errors import memory_explained
 from sparsemem.training.evaluate import Result
 from sparsemem.training.launch import evaluate_run, load_run, resume, start
+from sparsemem.training.plan import lines as plan_lines
+from sparsemem.training.plan import plan_memory
 from sparsemem.training.run import RunFolder
 from sparsemem.training.trainer import Outcome
 
@@ -102,6 +105,25 @@ def train(
         _report(folder, outcome)
     if outcome is Outcome.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="See examples/.")],
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")] = False,
+) -> None:
+    """Predict what training a config takes: memory, disk, network, time. Nothing is trained.
+
+    Memory is added up without allocating it; time comes from some short steps on this machine (a
+    few seconds). `train` refuses what cannot fit into this machine's memory.
+    """
+    with _user_errors():
+        planned = plan_memory(load_config(config, set_ or []))
+        found = planned.plan
+        if found.fits:
+            found = found.model_copy(update={"seconds": plan_seconds(planned)})
+        typer.echo(found.model_dump_json(indent=2) if as_json else "\n".join(plan_lines(found)))
 
 
 @app.command("eval")

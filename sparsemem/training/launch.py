@@ -11,6 +11,7 @@ from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, DamagedError
 from sparsemem.training.evaluate import Result, evaluate
+from sparsemem.training.plan import check_fits
 from sparsemem.training.run import RunFolder, claim_folder
 from sparsemem.training.setup import Setup, check_split, differing_keys, load_model, prepare
 from sparsemem.training.trainer import Outcome, Trainer
@@ -37,6 +38,7 @@ def start(
 
     `numbered`: where `path` is taken, take `path`-2, `path`-3, ...
     """
+    check_fits(config)
     trainer = _trainer(prepare(config))
     run = RunFolder.create(claim_folder(path) if numbered else path, trainer.config)
     announce(f"run {run.path}")
@@ -49,6 +51,7 @@ def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = prin
 
     ConfigError if `config` differs from the run's own in more than `RESUME_MAY_CHANGE`.
     """
+    check_fits(config)
     setup = prepare(config)
     _check_same_run(run, setup.config)
     trainer = _trainer(setup)

@@ -53,7 +53,7 @@ def prepare(config: Config) -> Setup:
 def check_split(setup: Setup, split: str) -> None:
     """ConfigError if there is nothing to evaluate on in a split, before hours of training."""
     wanted = setup.config.evaluation
-    with _section(None):
+    with section_errors(None):
         next(iter(setup.evaluation_task.evaluation_batches(split, 1, wanted.level)))
 
 
@@ -68,7 +68,7 @@ def build_task(config: Config, batch_size: int) -> Task:
     for key in given:
         if key in config.task.options:
             raise ConfigError(f"task.{key} is not an option here: {_ELSEWHERE[key]}")
-    with _section("task"):
+    with section_errors("task"):
         return make_task(config.task.name, **given, **config.task.options)
 
 
@@ -79,7 +79,7 @@ def build_model(config: Config, task: Task) -> MemoryModel:
         if key in config.model.options:
             raise ConfigError(f"model.{key} is given by the task ({sizes[key]}): leave it out")
     device = device_of(config)
-    with _section("model"):
+    with section_errors("model"):
         torch.manual_seed(config.training.seed)
         model = make_model(config.model.name, **sizes, **config.model.options)
     return model.to(device, dtype_of(config))
@@ -139,7 +139,7 @@ def resolve(config: Config, task: Task) -> Config:
     resolved = make_config(tree)
     for path in ("curriculum.minimum", "curriculum.maximum", "evaluation.level"):
         section, key = path.split(".")
-        with _section(None):
+        with section_errors(None):
             task.check_level(tree[section][key], path)
     return resolved
 
@@ -197,7 +197,7 @@ def package_version() -> str:
 
 
 @contextmanager
-def _section(name: str | None) -> Iterator[None]:
+def section_errors(name: str | None) -> Iterator[None]:
     """Turn what is refused into a ConfigError that names the section of the config, if given."""
     try:
         with memory_explained():

@@ -1,0 +1,332 @@
+"""What a config will take, before anything of its size is allocated: memory, disk, network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel
+
+from sparsemem.models.base import MemoryModel
+from sparsemem.models.registry import make_model
+from sparsemem.tasks import Task
+from sparsemem.training.config import Config
+from sparsemem.training.curriculum import make_curriculum
+from sparsemem.training.dryrun import (
+    StepSizes,
+    is_sparse,
+    linear,
+    optimiser_bytes,
+    step_bytes,
+    store_bytes,
+)
+from sparsemem.training.errors import ConfigError
+from sparsemem.training.optimisers import make_optimiser
+from sparsemem.training.setup import build_task, device_of, dtype_of, resolve, section_errors
+
+MEMORY_INFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+STATUS = Path("/proc/self/status")
+LOW_LEVELS = (64, 128)  # beyond them lengths are extrapolated: sequences may be longer than memory
+DRAWS, BATCHES = 32, 4
+MANIFEST_BYTES, RANDOM_STATE_BYTES, RECORD_BYTES = 8_192, 5_056, 256
+PROBE_HIDDEN = (128, 256)  # of sparse models that have more: activations are linear in it
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+class Lengths(NamedTuple):
+    """Steps of the sequences of a run, at the end of its curriculum."""
+
+    longest: int
+    mean: float
+    evaluation: int
+
+
+class Memory(BaseModel):
+    """Bytes at the peak of a training step, by what takes them, and at other times.
+
+    `step` is what torch's profiler counts of tensors, parameters included; `process` what the
+    process takes: Python and the libraries, and the most of `step`, an evaluation, and the copies
+    that saving a checkpoint makes.
+    """
+
+    parameters: int
+    gradients: int
+    optimiser: int
+    memory: int  # of the slots touched by sparse models, with the buffer of their gradient
+    activations: int
+    data: int
+    evaluation: int
+    saving: int
+    libraries: int
+
+    @property
+    def step(self) -> int:
+        """Tensors at the peak of a training step."""
+        held = self.parameters + self.gradients + self.optimiser
+        return held + self.memory + self.activations + self.data
+
+    @property
+    def process(self) -> int:
+        """The whole process at its peak."""
+        return self.libraries + max(self.step, self.evaluation, self.saving)
+
+    def sum(self) -> str:
+        """The peak of a training step as a sum, largest first, without what is nothing."""
+        names = ("parameters", "gradients", "optimiser", "memory", "activations", "data")
+        parts = sorted(((getattr(self, name), name) for name in names), reverse=True)
+        shown = " + ".join(f"{name} {show_bytes(size)}" for size, name in parts if size)
+        return f"{show_bytes(self.step)} = {shown}"
+
+
+class Disk(BaseModel):
+    """Bytes that a run leaves on the disk, and at most while it writes a checkpoint."""
+
+    checkpoint: int
+    kept: int  # checkpoints
+    metrics: int
+
+    @property
+    def total(self) -> int:
+        """With the one that is being written."""
+        return (self.kept + 1) * self.checkpoint + self.metrics
+
+
+class Network(BaseModel):
+    """Bytes that a training step sends: none, as long as a memory is on one machine."""
+
+    workers: int = 1
+    bytes_a_step: int = 0
+
+
+class Seconds(BaseModel):
+    """Time of a training step, and of all of them without validation and checkpoints."""
+
+    step: float
+    total: float
+
+
+class Plan(BaseModel):
+    """What a config will take."""
+
+    memory: Memory
+    disk: Disk
+    network: Network
+    longest_sequence: int
+    machine_bytes: int | None
+    seconds: Seconds | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has that much memory at all."""
+        return self.machine_bytes is None or self.memory.process <= self.machine_bytes
+
+
+class Planned(NamedTuple):
+    """A config as resolved, what it names without data, and the plan of it."""
+
+    config: Config
+    task: Task
+    lengths: Lengths
+    plan: Plan
+
+
+def plan_memory(config: Config) -> Planned:
+    """Plan everything but time. ConfigError where the config is wrong, or too large to add up."""
+    with torch.random.fork_rng(devices=[]):
+        device = device_of(config)
+        task = build_task(config, config.training.batch_size)
+        model = empty_model(config, task)
+        config = resolve(config, task)
+        lengths = lengths_of(config, task)
+        memory, state = _memory(config, task, model, lengths)
+    plan = Plan(
+        memory=memory,
+        disk=_disk(config, memory.parameters + state),
+        network=Network(),
+        longest_sequence=lengths.longest,
+        machine_bytes=machine_bytes(device),
+    )
+    return Planned(config, task, lengths, plan)
+
+
+def check_fits(config: Config) -> None:
+    """ConfigError, with the sum, if the config cannot fit into the machine's memory."""
+    plan = plan_memory(config).plan
+    if not plan.fits:
+        assert plan.machine_bytes is not None
+        raise ConfigError(
+            f"the config does not fit in memory: a training step needs {plan.memory.sum()};"
+            f" the process {show_bytes(plan.memory.process)}, the machine has"
+            f" {show_bytes(plan.machine_bytes)}"
+        )
+
+
+def empty_model(config: Config, task: Task) -> MemoryModel:
+    """The config's model on the meta device: shapes without data."""
+    return model_on(torch.device("meta"), config, task)
+
+
+def model_on(device: torch.device, config: Config, task: Task, **changes: int) -> MemoryModel:
+    """The config's model on a device, with some of its options changed."""
+    sizes = {"input_size": task.input_size, "output_size": task.output_size}
+    with section_errors("model"), device:
+        model = make_model(config.model.name, **sizes, **{**config.model.options, **changes})
+    return model.to(dtype_of(config))
+
+
+# Sequences -----------------------------------------------------------------------------
+
+
+def lengths_of(config: Config, task: Task) -> Lengths:
+    """Longest and mean sequences at the end of the curriculum, and those of the evaluation."""
+    curriculum = config.curriculum
+    assert curriculum.maximum is not None
+    assert config.evaluation.level is not None
+    drawn = make_curriculum(
+        curriculum.model_copy(update={"initial": None, "name": "fixed"}), config.training.seed
+    )
+    with section_errors(None):
+        mean = sum(_length(task, drawn.level(step)) for step in range(DRAWS)) / DRAWS
+        longest = _length(task, curriculum.maximum)
+        evaluation = _length(task, config.evaluation.level)
+    return Lengths(int(longest), mean, int(evaluation))
+
+
+def _length(task: Task, level: int) -> float:
+    """Steps of the longest sequence of a few batches at a level."""
+
+    def steps(level: int) -> int:
+        return max(task.batch(index, level).input.shape[1] for index in range(BATCHES))
+
+    if level <= LOW_LEVELS[1] or task.max_level <= LOW_LEVELS[1]:
+        return steps(level)
+    return linear(LOW_LEVELS, (steps(LOW_LEVELS[0]), steps(LOW_LEVELS[1])), level)
+
+
+# Memory --------------------------------------------------------------------------------
+
+
+def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) -> tuple[Memory, int]:
+    """The parts of a training step's peak, and the bytes of the optimiser's state."""
+    training = config.training
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    optimiser = make_optimiser(training.optimizer, model.parameters())
+    state, temporary = optimiser_bytes(optimiser, model)
+    chunk = min(lengths.longest, training.truncate or lengths.longest)
+    sizes = StepSizes(training.batch_size, chunk, lengths.longest)
+    store = store_bytes(model.cell, sizes.batch, sizes.steps)
+    peak = _pass_bytes(config, task, model, sizes) - held - store
+    evaluated = StepSizes(config.evaluation.batch_size, lengths.evaluation, lengths.evaluation)
+    memory = Memory(
+        parameters=held,
+        gradients=held,
+        optimiser=state,
+        memory=store,
+        # The optimiser's temporaries come when the activations are gone.
+        activations=int(max(peak, temporary - store)),
+        data=_data_bytes(config, task, sizes),
+        evaluation=int(held + state + _pass_bytes(config, task, model, evaluated, False)),
+        saving=int(4 * (held + state)),  # all of it, a copy, and the file in memory, twice
+        libraries=process_bytes(),
+    )
+    return memory, state
+
+
+def _pass_bytes(
+    config: Config, task: Task, model: MemoryModel, sizes: StepSizes, training: bool = True
+) -> float:
+    """`step_bytes` of the config's model, or of a narrower one where that is sparse and wide."""
+    if not is_sparse(model.cell):
+        return step_bytes(model, sizes, training)
+    device, hidden = device_of(config), model.cell.hidden_size
+    held = sum(parameter.nbytes for parameter in model.parameters())
+
+    def beyond(width: int) -> float:
+        """Bytes with a controller of a width, beyond gradients."""
+        probe = model_on(device, config, task, hidden_size=width)
+        gradients = sum(p.nbytes for p in probe.parameters()) if training else 0
+        return step_bytes(probe, sizes, training) - gradients
+
+    if hidden <= PROBE_HIDDEN[1]:
+        return beyond(hidden) + (held if training else 0)
+    low, high = PROBE_HIDDEN
+    return linear(PROBE_HIDDEN, (beyond(low), beyond(high)), hidden) + (held if training else 0)
+
+
+def _data_bytes(config: Config, task: Task, sizes: StepSizes) -> int:
+    """A batch (inputs, targets, mask) and the outputs of all its chunks."""
+    number = torch.empty(0, dtype=dtype_of(config)).element_size()
+    step = number * (2 * task.output_size) + 1
+    # The input of one chunk counts with its activations; here is that of the others.
+    rest = number * task.input_size * (sizes.steps - sizes.chunk)
+    return sizes.batch * (step * sizes.steps + rest)
+
+
+def _disk(config: Config, tensors: int) -> Disk:
+    training = config.training
+    records = training.steps // training.log_every
+    if training.evaluate_every is not None:
+        records += training.steps // training.evaluate_every
+    best = training.evaluate_every is not None  # kept beside the last ones
+    saved = 1 + training.steps // training.checkpoint_every
+    return Disk(
+        checkpoint=tensors + RANDOM_STATE_BYTES + MANIFEST_BYTES,
+        kept=min(training.keep_checkpoints + best, saved),
+        metrics=records * RECORD_BYTES,
+    )
+
+
+# The machine ---------------------------------------------------------------------------
+
+
+def machine_bytes(device: torch.device) -> int | None:
+    """Memory of a device (of the CPU: of the machine, or its control group); None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not MEMORY_INFO.exists():
+        return None
+    total = _kib(MEMORY_INFO, "MemTotal")
+    limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def process_bytes() -> int:
+    """What this process, with Python and the libraries, has in memory now."""
+    return _kib(STATUS, "VmRSS") if STATUS.exists() else 0
+
+
+def _kib(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def show_bytes(value: float) -> str:
+    """1.23 MiB."""
+    for unit in UNITS:
+        if abs(value) < 1024 or unit == UNITS[-1]:
+            break
+        value /= 1024
+    return f"{value:.3g} {unit}"
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan for people."""
+    memory, disk = plan.memory, plan.disk
+    there = "" if plan.machine_bytes is None else f" of {show_bytes(plan.machine_bytes)}"
+    found = [
+        f"memory    {show_bytes(memory.process)}{there}{'' if plan.fits else ': DOES NOT FIT'}",
+        f"  training step  {memory.sum()} (sequences of up to {plan.longest_sequence} steps)",
+        f"  evaluation     {show_bytes(memory.evaluation)}",
+        f"  saving         {show_bytes(memory.saving)}",
+        f"  libraries      {show_bytes(memory.libraries)}",
+        f"disk      {show_bytes(disk.total)}: {disk.kept} checkpoints of"
+        f" {show_bytes(disk.checkpoint)}, one being written, metrics",
+        f"network   {plan.network.bytes_a_step} bytes a step, {plan.network.workers} worker",
+    ]
+    if plan.seconds is not None:
+        step, total = plan.seconds.step, plan.seconds.total
+        found.append(
+            f"time      {step * 1e3:.3g} ms a training step, {total / 60:.3g} minutes in all"
+        )
+    return found
