@@ -292,7 +292,8 @@ class MemoryBank(RowStore):
     def freeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
         """From now on rows take no gradient and do not give way to new ones. None: all live rows.
 
-        They can still be written and removed.
+        They can still be written and removed. The row optimisers and torch's SGD, SparseAdam and
+        Adagrad leave them alone (SGD forgets their momentum); another optimiser may move them.
         """
         self._set_frozen(ids, True)
 

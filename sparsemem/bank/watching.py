@@ -105,7 +105,7 @@ def _leave_out_still(optimiser: Optimizer, table: Tensor, bank: MemoryBank) -> N
 def _trainable(values: Tensor, bank: MemoryBank, since: int | None) -> Tensor:
     """A row-sparse tensor without the entries of rows that are not trainable."""
     ids = values._indices()[0]
-    return without_rows(values, ids[~bank.is_trainable(ids, since)].unique())
+    return without_rows(values, ids[~bank.is_trainable(ids, since)])
 
 
 def _before_step(optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
