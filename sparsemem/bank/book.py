@@ -68,8 +68,7 @@ class RowBook(nn.Module):
     def tick(self) -> int:
         """Count one call; its time."""
         with self._lock:
-            self.clock += 1
-            return int(self.clock)
+            return int(self.clock.add_(1))
 
     def accessed(self, ids: Int[Tensor, " n"]) -> None:
         """Mark accesses, at the present time. Repeated ids count as often."""

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparsemem.optim.base import Options, RowOptimizer, State, across, zeros_like_rows
+from sparsemem.optim.base import (
+    Options,
+    RowOptimizer,
+    State,
+    across,
+    reach,
+    two_like_rows,
+    zeros_like_rows,
+)
 from sparsemem.optim.options import check_above_zero, check_betas, check_range
 
 
@@ -62,12 +70,16 @@ class RowAdam(RowOptimizer):
         check_range("weight_decay", options["weight_decay"], 0.0)
 
     def _zero_state(self, parameter: Tensor, by_row: bool, options: Options) -> State:
-        narrow = zeros_like_rows(parameter, narrow=True)
-        return {
-            "exp_avg": zeros_like_rows(parameter),
-            "exp_avg_sq": zeros_like_rows(parameter),
-            "step": narrow if by_row else narrow.new_zeros(()),
-        }
+        count = zeros_like_rows(parameter, narrow=True)
+        if by_row:
+            mean, square = two_like_rows(parameter)
+            return {"exp_avg": mean, "exp_avg_sq": square, "step": count}
+        mean, square = zeros_like_rows(parameter), zeros_like_rows(parameter)
+        return {"exp_avg": mean, "exp_avg_sq": square, "step": count.new_zeros(())}
+
+    def _reach(self, state: State, ids: Tensor) -> None:
+        if ids.device.type == "cpu":
+            reach(state["exp_avg"], ids[state["step"].index_select(0, ids) == 0])
 
     def _to_rows(self, parameter: Tensor, state: State) -> None:
         if not state["step"].ndim:

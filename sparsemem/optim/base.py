@@ -69,6 +69,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _update(self, rows: Tensor, gradient: Tensor, state: State, options: Options) -> None:
         """One step of rows [n, ...] (or a whole parameter) and of their state, in place."""
 
+    def _reach(self, state: State, ids: Tensor) -> None:  # noqa: B027 (state may be narrow)
+        """Make pages for wide rows of state that are stepped for the first time, by `reach`."""
+
     def add_param_group(self, param_group: Options) -> None:
         """Add parameters with options of their own; as torch's, with the options checked."""
         self._check({**self.defaults, **param_group})
@@ -180,6 +183,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _step_rows(self, change: Change, ids: Tensor, gradient: Tensor) -> None:
         parameter = change.parameter
         state = self._state_of(change, by_row=True)
+        self._reach(state, ids)
         rows = parameter.index_select(0, ids).to(gradient.dtype)
         part = {key: value.index_select(0, ids) for key, value in state.items()}
         self._update(rows, gradient, part, change.options)
@@ -223,3 +227,19 @@ def zeros_like_rows(parameter: Tensor, *, narrow: bool = False) -> Tensor:
     """Lazy zeros of the parameter's shape, or one a row, in the dtype that state has."""
     shape = parameter.shape[:1] if narrow else parameter.shape
     return zeros(*shape, dtype=computing_dtype(parameter), device=parameter.device)
+
+
+def two_like_rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Two such tables that lie together row by row, so that a row of both is one page, not two."""
+    count, *shape = parameter.shape
+    both = zeros(count, 2, *shape, dtype=computing_dtype(parameter), device=parameter.device)
+    first, second = both.unbind(1)
+    return first, second
+
+
+def reach(table: Tensor, ids: Int[Tensor, " n"]) -> None:
+    """Write a zero into rows that hold zeros: a page that is read first takes two page faults.
+
+    (One that maps zeros, and one for a page of its own; each takes longer than to step the row.)
+    """
+    table[(slice(None), *[0] * (table.ndim - 1))].index_fill_(0, ids, 0)

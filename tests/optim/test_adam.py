@@ -1,6 +1,8 @@
 """What is lazy about RowAdam and RowAdamW, and where they differ from SparseAdam."""
 
 import math
+import resource
+import sys
 
 import pytest
 import torch
@@ -81,3 +83,21 @@ def test_options(plain_errors):
     ):
         with pytest.raises(ValueError, match=message):
             RowAdam([zero_table()], **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+def test_the_first_step_of_a_row_takes_one_page_fault():
+    count, apart = 400, 128  # rows of 2 x 64 bytes: those stepped together share no page
+    parameter = nn.Parameter(torch.ones(count * apart, 16))
+    optimiser = RowAdam([parameter])
+
+    def faults(start):
+        ids = list(range(start, count * apart, apart))
+        parameter.grad = sparse(ids, torch.ones(count, 16), count * apart)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        optimiser.step()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(0)  # and those of the process
+    usual = faults(0)
+    assert faults(apart // 2) - usual < 1.2 * count
