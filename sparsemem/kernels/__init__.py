@@ -32,22 +32,23 @@ class Kernels(NamedTuple):
     search_step: Any
     read_step: Any
     backward_step: Any
+    links_step: Any  # None where it was not asked for
 
 
-def kernels_for(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for a dtype; None where the torch code is to be used."""
+def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
+    """The kernels for a dtype, with temporal links or without; None: use the torch code."""
     choice = os.environ.get(SWITCH, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{SWITCH} is {choice!r}, expected one of {', '.join(CHOICES)}")
-    return load(dtype) if choice == "auto" and dtype in DTYPES else None
+    return load(dtype, links) if choice == "auto" and dtype in DTYPES else None
 
 
 @cache
-def load(dtype: torch.dtype) -> Kernels | None:
+def load(dtype: torch.dtype, links: bool) -> Kernels | None:
     """Compile, or load what was compiled before; None with one warning where that fails."""
     try:
         with compiling_said():
-            return compile_for(dtype)
+            return compile_for(dtype, links)
     except Exception as error:  # whatever Numba or LLVM stumbles over
         warnings.warn(
             f"memory steps run in plain torch, several times slower: {type(error).__name__} while"
@@ -58,7 +59,7 @@ def load(dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def compile_for(dtype: torch.dtype) -> Kernels:
+def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
     """Compile for one dtype."""
     import numpy as np
     from numba import from_dtype, types
@@ -67,15 +68,16 @@ def compile_for(dtype: torch.dtype) -> Kernels:
 
     like = np.empty(0, str(dtype).removeprefix("torch."))
     array = types.Array(from_dtype(like.dtype), 1, "C")
-    for function, (sizes, addresses) in {**steps.ENTRIES, **gradients.ENTRIES}.items():
-        tuples = (
-            types.UniTuple(types.int64, count)  # type: ignore[no-untyped-call]
-            for count in (sizes, addresses)
-        )
+    entries, links_step = {**steps.ENTRIES, **gradients.ENTRIES}, None
+    if links:
+        from sparsemem.kernels.links import ENTRIES, links_step
+
+        entries.update(ENTRIES)
+    for function, lengths in entries.items():
+        tuples = (types.UniTuple(types.int64, n) for n in lengths)  # type: ignore[no-untyped-call]
         function.compile((array, *tuples))
-    return Kernels(
-        like, steps.write_step, steps.search_step, steps.read_step, gradients.backward_step
-    )
+    step = (steps.write_step, steps.search_step, steps.read_step, gradients.backward_step)
+    return Kernels(like, *step, links_step)
 
 
 @contextmanager

@@ -43,7 +43,9 @@ def take_step(
         top_k: K, rows to read by content.
         links: SDNC's; changed in place.
     """
-    kernels = kernels_for(values.dtype) if can_step(store, values, last) else None
+    kernels = None
+    if can_step(store, values, last):
+        kernels = kernels_for(values.dtype, links is not None)
     if kernels is None:
         return None
     store.reserve(store.extent + last.ids.shape[1] + top_k)
@@ -53,7 +55,7 @@ def take_step(
     ids = search_step(kernels, store, values, top_k, write.ids.shape[1])
     linked = values.new_empty(0)
     if links is not None:
-        ids, linked = follow_links(links, write, last, ids, store.extent)
+        ids, linked = links_step(kernels, store, links, write, last, ids)
     return read_step(kernels, store, values, last, write, ids, linked)
 
 
@@ -137,18 +139,26 @@ def read_step(
     return Step(kernels, write, Entries(ids, weights), links, rows, reads)
 
 
-def follow_links(
-    links: TemporalLinks, write: Entries, last: Entries, ids: Tensor, extent: int
+def links_step(
+    kernels: Kernels,
+    store: EpisodeStore,
+    links: TemporalLinks,
+    write: Entries,
+    last: Entries,
+    content: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Update the links; ids [B, H, 3K] to read and weights [B, H, 2, K, S] of the linked ones."""
-    k = ids.shape[2]
-    extent = max(extent, k)
-    links.reserve(extent)
-    links.update(write, extent)
-    after = links.follow(links.follows, last, k, extent)
-    before = links.follow(links.precedes, last, k, extent)
-    weights = torch.stack([before.weights_of, after.weights_of], 2)
-    return torch.cat([before.ids, ids, after.ids], 2), weights
+    batch, heads, k = content.shape
+    links.reserve(max(store.extent, k))
+    support, capacity = last.ids.shape[2], links.follows.ids.shape[2]
+    ids = content.new_empty(batch, heads, 3 * k)
+    weights_of = write.weights.new_empty(batch, heads, 2, k, support)
+    size, bits = links.precedence.ids.shape[2], GRID_BITS[weights_of.dtype]
+    sizes = (batch, heads, size, support + 1, support, k, capacity, bits)
+    tables = (*links.follows, *links.precedes, *links.precedence)
+    places = addresses(store.touched, *tables, *write, *last, content, ids, weights_of)
+    kernels.links_step(kernels.like, sizes, places)
+    return ids, weights_of
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:

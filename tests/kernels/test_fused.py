@@ -212,7 +212,7 @@ def test_other_dtypes_and_long_episodes_take_the_torch_code(switch, taken):
     SAM(3, 6, 2, num_slots=20, **sizes).bfloat16()(torch.randn(2, 3, 3).bfloat16())
     assert taken == [False] * 3
     model = SAM(3, 6, 2, num_slots=50, **sizes, index_after=8)
-    _, state = model(torch.randn(2, 19, 3))
+    model(torch.randn(2, 19, 3))
     assert taken[3:7] == [True] * 4
     assert not any(taken[10:])
 

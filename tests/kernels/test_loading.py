@@ -82,7 +82,7 @@ def test_a_failing_compilation_warns_once_and_gives_the_same(fresh, monkeypatch)
     expected, _ = small()(input)
     monkeypatch.setenv("SPARSEMEM_KERNELS", "auto")
 
-    def fail(dtype):
+    def fail(dtype, links):
         raise OSError("no LLVM here")
 
     monkeypatch.setattr(kernels, "compile_for", fail)
