@@ -69,7 +69,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _update(self, rows: Tensor, gradient: Tensor, state: State, options: Options) -> None:
         """One step of rows [n, ...] (or a whole parameter) and of their state, in place."""
 
-    def _reach(self, state: State, ids: Tensor) -> None:  # noqa: B027 (state may be narrow)
+    def _reach(self, state: State, ids: Tensor) -> None:
         """Make pages for wide rows of state that are stepped for the first time, by `reach`."""
 
     def add_param_group(self, param_group: Options) -> None:
@@ -242,4 +242,5 @@ def reach(table: Tensor, ids: Int[Tensor, " n"]) -> None:
 
     (One that maps zeros, and one for a page of its own; each takes longer than to step the row.)
     """
-    table[(slice(None), *[0] * (table.ndim - 1))].index_fill_(0, ids, 0)
+    first = [ids.new_zeros(())] * (table.ndim - 1)
+    table.index_put_((ids, *first), table.new_zeros(()))
