@@ -71,6 +71,14 @@ class SealedRows:
                 lists.update_vectors(changed.cpu().numpy(), vectors)
                 self._changed += len(changed)
 
+    def proposed(self, queries: Float[Tensor, "B H W"], k: int) -> Int[Tensor, "B H C"]:
+        """Sealed rows among which the k best of them should be, in any order; -1: none."""
+        found = [
+            lists.search(query, k + SPARE_CANDIDATES)[1]
+            for lists, query in zip(self._lists, to_numpy(queries.nan_to_num(0, 0, 0)), strict=True)
+        ]
+        return torch.from_numpy(np.stack(found)).to(queries.device)
+
     def candidates(
         self,
         queries: Float[Tensor, "B H W"],
@@ -85,11 +93,7 @@ class SealedRows:
         """
         start = min(self.sealed, rows.shape[1] - k)
         tail = torch.bmm(queries, rows[:, start:].mT) * norms[:, start:].unsqueeze(1)
-        found = [
-            lists.search(query, k + SPARE_CANDIDATES)[1]
-            for lists, query in zip(self._lists, to_numpy(queries.nan_to_num(0, 0, 0)), strict=True)
-        ]
-        sealed = torch.from_numpy(np.stack(found)).to(queries.device)
+        sealed = self.proposed(queries, k)
         sealed = sealed.masked_fill(sealed >= start, -1)  # those are in the tail
         ids = torch.cat([sealed, top_k(tail, k) + start], 2).sort(2).values
         flat = ids.clamp(min=0).flatten(1)

@@ -27,7 +27,9 @@ CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall 
 WATCH_DRIFT, WATCH_EVERY = 2, 16  # searches, while rows change and while they do not
 HARDER = 16  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
-PATIENCE = 60.0  # seconds before what failed is tried again
+# Before what failed is tried again: seconds in the background; else, so that the same calls do
+# the same every time, rows changed and queries searched.
+PATIENCE, PATIENT_CALLS = 60.0, 4_096
 BUILDER_NICE = 10
 
 # The recall to tune for and the one at which to tune again, between the floor (0) and 1.
@@ -54,13 +56,13 @@ class Upkeep:
         self._errors: dict[str, Exception] = {}  # by what failed when it was last done
         self._built_rows, self._built_imbalance, self._built_at = 0, 1.0, time.monotonic()
         self._imbalance, self._built_effort = 1.0, 1  # the imbalance as last measured
-        self._changes = 0  # rows changed since the last check
+        self._changed = self._changes = 0  # rows changed, so far and since the last check
         self._checked_queries = 0
         self._tuned_k = 0  # the greatest k that it was tuned for
         self._settled_live = True  # False: tuned on rows, before there were queries
         self._watch, self._searches, self._watched_at = Watch(), 0, 0
         self._rest_until = 0.0
-        self._failed_at = -PATIENCE
+        self._failed_at, self._failed_after = -PATIENCE, -PATIENT_CALLS
         self._building = threading.Lock()
         self._builder: threading.Thread | None = None
         self._worker = Worker(self) if background else None
@@ -74,6 +76,7 @@ class Upkeep:
     def changed(self, count: int) -> None:
         """Rows were changed or removed, under the table's write lock."""
         self._changes += count
+        self._changed += count
         index, current = self.index, self.index.current
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else 2)
@@ -257,7 +260,7 @@ class Upkeep:
 
     def _rebuild_due(self) -> bool:
         current, live = self.index.current, self.index.table.num_live
-        if live < self.index.exact_below or time.monotonic() < self._failed_at + PATIENCE:
+        if live < self.index.exact_below or self._waits_after_failure():
             return False
         if current is None or live > GROWN * self._built_rows:
             return True
@@ -317,6 +320,15 @@ class Upkeep:
         self._tuned_k = index.sample.k
         self._settle(derived, *self._tuned(derived, queries, self._truth(queries), target))
 
+    def _waits_after_failure(self) -> bool:
+        if self._worker is not None:
+            return time.monotonic() < self._failed_at + PATIENCE
+        return self._work() < self._failed_after + PATIENT_CALLS
+
+    def _work(self) -> int:
+        """Rows changed and queries searched so far."""
+        return self._changed + self.index.sample.seen
+
     def _guarded(self, name: str, action: Callable[[], object]) -> None:
         """Upkeep that fails leaves the index as it was, and true: it is tried again later."""
         try:
@@ -326,7 +338,7 @@ class Upkeep:
         except Exception as error:
             first = name not in self._errors
             self._errors[name] = error
-            self._failed_at = time.monotonic()
+            self._failed_at, self._failed_after = time.monotonic(), self._work()
             if first:
                 tell(f"upkeep of index {self.index.name!r}: {error!r}")
         else:

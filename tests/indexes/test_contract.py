@@ -48,12 +48,12 @@ manners = st.builds(
     buffer_rows=st.sampled_from((3, LARGE_BUFFER)),
     steady=st.booleans(),
 )
-STEADY = {"STALE": 1e9, "GROWN": 1e9, "REPLACED": 1e9, "UNEVEN": 1e9, "PATIENCE": 0.0}
+STEADY = {"STALE": 1e9, "GROWN": 1e9, "REPLACED": 1e9, "UNEVEN": 1e9, "PATIENT_CALLS": 0}
 
 
 def run(kind: Kind, metric: Metric, operations, manner: Manner, dtype=torch.float64) -> None:
     driver = ProductWork if kind.name == "product-key" else Work
-    changed = STEADY if manner.steady else {"PATIENCE": 0.0}
+    changed = STEADY if manner.steady else {"PATIENT_CALLS": 0}
     if kind.floor is not None:
         changed = {**changed, **EAGER}
     with warnings.catch_warnings(), mock.patch.multiple(upkeep, **changed):

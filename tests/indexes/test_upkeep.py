@@ -204,6 +204,25 @@ def test_a_rebuild_that_could_wait_for_itself_is_refused():
     index.close()
 
 
+def test_what_failed_is_tried_again_after_so_many_calls_whatever_the_time(monkeypatch):
+    index = make(min_recall=None)
+    build, tries = Derived.build, []
+
+    def failing(self, *arguments):
+        tries.append(index.upkeep._work())
+        if len(tries) == 1:
+            raise MemoryError("no room")
+        build(self, *arguments)
+
+    monkeypatch.setattr(Derived, "build", failing)
+    monkeypatch.setattr("sparsemem.indexes.upkeep.tell", lambda message: None)
+    monkeypatch.setattr("sparsemem.indexes.upkeep.PATIENT_CALLS", 900)
+    for start in range(12):
+        index.update(torch.arange(300), clustered(300, seed=start))
+    assert len(tries) >= 2
+    assert 900 <= tries[1] - tries[0] <= 1200
+
+
 def test_an_error_is_gone_from_the_stats_once_it_works_again(monkeypatch, told):
     index = make(buffer_rows=10)
     with monkeypatch.context() as patch:
