@@ -66,7 +66,6 @@ def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
         store.has_prefix
         and values.device.type == "cpu"
         and values.dtype == store.rows.dtype == last.weights.dtype
-        and store.is_scanned(store.extent + heads)
         and kept in (0, heads)
         and type(values) is Tensor  # a tensor that is only being traced has no numbers
     )
@@ -99,6 +98,8 @@ def write_step(
         return None
     order.kept, order.pointer, store.touched, store.extent = fresh, start, touched, extent
     store.version += 1
+    if store.sealed is not None:
+        store.sealed.update(ids.flatten(1), store.rows, store.norms)
     return Entries(ids, weights)
 
 
@@ -109,9 +110,13 @@ def search_step(
     batch, capacity, width = store.rows.shape
     ids = store.touched.new_empty(batch, heads, top_k)
     inputs, bits = values.shape[1] // heads, GRID_BITS[values.dtype]
-    sizes = (batch, heads, width, inputs, top_k, capacity, store.num_slots, bits)
-    tensors = (store.rows, store.norms, store.touched, values, ids)
-    kernels.search_step(kernels.like, sizes, addresses(*tensors))
+    start, candidates = 0, ids[:, :, :0]
+    if store.absorb():
+        queries = values.view(batch, heads, inputs)[:, :, :width]
+        start, candidates = store.propose(queries, top_k)
+    sizes = (batch, heads, width, inputs, top_k, capacity, store.num_slots, bits, start)
+    places = addresses(store.rows, store.norms, store.touched, values, ids, candidates)
+    kernels.search_step(kernels.like, (*sizes, candidates.shape[2]), places)
     return ids
 
 

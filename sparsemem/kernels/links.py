@@ -15,7 +15,9 @@ from sparsemem.kernels.compiled import array_at, kernel
 @kernel
 def cell_of(weight, scale):
     """What a weight is ranked by: its place on the grid; zeros come behind all other weights."""
-    cell = np.rint(scale * (weight if weight != 0 else -1.0))
+    if weight == 0:
+        return -scale
+    cell = np.rint(scale * weight)
     return np.inf if np.isnan(cell) else cell
 
 
@@ -56,48 +58,54 @@ def collected(ids, weights):
 @kernel
 def is_first(ids, entry):
     """Whether no entry before has the same id."""
-    return not (ids[:entry] == ids[entry]).any()
+    earlier = 0
+    while ids[earlier] != ids[entry]:
+        earlier += 1
+    return earlier == entry
 
 
 @kernel
-def mix_in(ids, weights, keep, other_ids, others, factor, scale):
+def mix_in(ids, weights, keep, other_ids, others, factor, scale, cells, all_ids, sums):
     """keep * row + factor * other, cut to the L largest entries; the row is overwritten.
 
-    No id of `other` has two weights that are not zero.
+    No id of `other` has two weights that are not zero. The last three are room for work.
     """
-    size = len(ids)
-    all_ids = np.concatenate((ids, other_ids))
-    all_weights = np.concatenate((keep * weights, factor * others))
+    size, found = len(ids), 0
+    for other in range(len(others)):
+        all_ids[size + other], sums[size + other] = other_ids[other], factor * others[other]
     for entry in range(size):
-        for other in range(size, len(all_ids)):
-            if all_ids[other] == all_ids[entry]:
-                all_weights[entry] += all_weights[other]
-                all_weights[other] = 0
-    cells, chosen, found = np.empty(size), np.empty(size, np.int64), 0
-    for entry in range(len(all_ids)):
-        cell = cell_of(all_weights[entry], scale)
-        found, place = insert(cells, chosen, found, cell, all_ids[entry])
+        all_ids[entry], sums[entry] = ids[entry], keep * weights[entry]
+        for other in range(size, size + len(others)):
+            if all_ids[other] == ids[entry]:
+                sums[entry] += sums[other]
+                sums[other] = 0
+    for entry in range(size + len(others)):
+        cell = cell_of(sums[entry], scale)
+        found, place = insert(cells, ids, found, cell, all_ids[entry])
         if place >= 0:
             for later in range(found - 1, place, -1):
                 weights[later] = weights[later - 1]
-            weights[place] = all_weights[entry]
-    ids[:] = chosen
+            weights[place] = sums[entry]
 
 
 @kernel
 def update(follows_ids, follows, precedes_ids, precedes, before_ids, before, ids, weights, scale):
     """Link what was written behind what was written before, but for the decay of `precedes`."""
-    keep = weights.dtype.type(1)
+    keep, room = weights.dtype.type(1), len(before) + max(len(before), len(ids))
+    cells, all_ids, sums = np.empty(len(before)), np.empty(room, np.int64), np.empty(room)
     written, earlier = collected(ids, weights), collected(before_ids, before)
     for entry in range(len(ids)):
         if is_first(ids, entry):
             at, id = written[entry], ids[entry]
-            mix_in(follows_ids[id], follows[id], keep - at, before_ids, earlier, at, scale)
+            row, links = follows_ids[id], follows[id]
+            mix_in(row, links, keep - at, before_ids, earlier, at, scale, cells, all_ids, sums)
     for entry in range(len(before_ids)):
         if is_first(before_ids, entry):
             at, id = earlier[entry], before_ids[entry]
-            mix_in(precedes_ids[id], precedes[id], keep, ids, written, at, scale)
-    mix_in(before_ids, before, keep - weights.sum(), ids, written, keep, scale)
+            row, links = precedes_ids[id], precedes[id]
+            mix_in(row, links, keep, ids, written, at, scale, cells, all_ids, sums)
+    left = keep - weights.sum()
+    mix_in(before_ids, before, left, ids, written, keep, scale, cells, all_ids, sums)
 
 
 @kernel
@@ -107,7 +115,7 @@ def decay(table_ids, table, ids, weights, dense):
         dense[ids[entry]] += weights[entry]
     for row in range(len(table)):
         for link in range(table.shape[1]):
-            table[row, link] *= 1 - dense[table_ids[row, link]]
+            table[row, link] *= 1 - dense[np.uint64(table_ids[row, link])]
     dense[ids] = 0
 
 
@@ -122,14 +130,14 @@ def follow(table_ids, table, ids, weights, dense, scale, chosen, weights_of):
     for row in range(len(table)):
         total = table.dtype.type(0)
         for link in range(table.shape[1]):
-            total += table[row, link] * dense[table_ids[row, link]]
+            total += table[row, link] * dense[np.uint64(table_ids[row, link])]
         cell = cell_of(total, scale)
         if found < k or cell > cells[k - 1]:
             found, _ = insert(cells, chosen, found, cell, row)
     for place in range(k):
         row, total = chosen[place], table.dtype.type(0)
         for link in range(table.shape[1]):
-            total += table[row, link] * dense[table_ids[row, link]]
+            total += table[row, link] * dense[np.uint64(table_ids[row, link])]
         weights_of[place] = 0
         if total > 0:
             for entry in range(len(ids)):

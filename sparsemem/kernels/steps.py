@@ -89,12 +89,19 @@ def write(rows, norms, values, width, last_ids, last_weights, fresh, ids, weight
 
 
 @kernel
-def rank(rows, norms, count, query, scale, ids):
-    """The best of the first `count` rows by cosine, as `top_k` of sparsemem.indexes.ranking."""
+def rank(rows, norms, candidates, start, stop, query, scale, ids):
+    """The best of rows start .. stop - 1 and of candidates before them, by cosine.
+
+    As `top_k` of sparsemem.indexes.ranking has it: ties by lower position, and so candidates
+    have to be sorted. Negative ones count as none, and those from `start` on.
+    """
     k, scaled = len(ids), np.empty_like(query)
     scaled[:] = query * query.dtype.type(inverse_norm(query))
     cells, found = np.empty(k), 0
-    for position in range(count):
+    for entry in range(-len(candidates), stop - start):
+        position = candidates[entry] if entry < 0 else start + entry
+        if position < 0 or (entry < 0 and position >= start):
+            continue
         cell = np.rint(scale * (dot(rows[position], scaled) * norms[position]))
         if np.isnan(cell):
             cell = np.inf
@@ -205,19 +212,24 @@ def write_step(like, sizes, addresses):
 
 @kernel
 def search_step(like, sizes, addresses):
-    """The rows to read by content: ids [B, H, K] among the touched rows and K untouched ones."""
-    batch, heads, width, inputs, k, capacity, num_slots, grid_bits = sizes
+    """The rows to read by content: ids [B, H, K] among the touched rows and K untouched ones.
+
+    Of rows before `start` only candidates [B, H, C] are looked at, which are sorted in place.
+    """
+    batch, heads, width, inputs, k, capacity, num_slots, grid_bits, start, proposed = sizes
     whole = np.empty(0, np.int64)
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
     touched = array_at(addresses[2], whole, (batch,))
     values = array_at(addresses[3], like, (batch, heads, inputs))
     ids = array_at(addresses[4], whole, (batch, heads, k))
+    candidates = array_at(addresses[5], whole, (batch, heads, proposed))
     for b in range(batch):
-        count = min(touched[b] + k, num_slots)
+        stop = min(touched[b] + k, num_slots)
         for head in range(heads):
-            query = values[b, head, :width]
-            rank(rows[b], norms[b], count, query, 2.0**grid_bits, ids[b, head])
+            query, before = values[b, head, :width], candidates[b, head]
+            before.sort()
+            rank(rows[b], norms[b], before, start, stop, query, 2.0**grid_bits, ids[b, head])
 
 
 @kernel
@@ -249,4 +261,4 @@ def read_step(like, sizes, addresses):
     return extent
 
 
-ENTRIES = {write_step: (9, 16), search_step: (8, 5), read_step: (9, 12)}  # sizes and addresses
+ENTRIES = {write_step: (9, 16), search_step: (10, 6), read_step: (9, 12)}  # sizes and addresses

@@ -94,17 +94,25 @@ class EpisodeStore:
         visible = min(self.extent + k, self.num_slots)
         self.reserve(visible)
         scaled = queries * inverse_norm(queries).unsqueeze(-1)
-        if self.sealed is not None and self.sealed.absorb(self.touched, self.rows, self.norms):
+        if self.sealed is not None and self.absorb():
             rows, norms = self.rows[:, :visible], self.norms[:, :visible]
             candidates, scores = self.sealed.candidates(scaled, k, rows, norms)
             return candidates.gather(2, top_k(scores, k))
         scores = torch.bmm(scaled, self.rows[:, :visible].mT)
         return top_k(scores * self.norms[:, :visible].unsqueeze(1), k)
 
-    def is_scanned(self, extent: int) -> bool:
-        """Whether a search is a scan of all touched rows, while there are at most `extent`."""
+    def absorb(self) -> bool:
+        """Whether older rows are searched by an index, which is told of those now due."""
         sealed = self.sealed
-        return sealed is None or (not sealed.sealed and extent < sealed.minimum)
+        if sealed is None or self.extent < sealed.minimum:
+            return False
+        return sealed.absorb(self.touched, self.rows, self.norms)
+
+    def propose(self, queries: Float[Tensor, "B H W"], k: int) -> tuple[int, Int[Tensor, "B H C"]]:
+        """After `absorb`: where the rows to be scanned begin, and candidates before it."""
+        assert self.sealed is not None, "there is an index"
+        start = min(self.sealed.sealed, self.extent, self.num_slots - k)
+        return start, self.sealed.proposed(queries, k)
 
     @property
     def slot_table(self) -> Int[Tensor, "B M"] | None:

@@ -207,14 +207,32 @@ def test_not_a_number_surfaces_and_ids_stay_in_range(model_class, where, switch,
     assert all(taken)
 
 
-def test_other_dtypes_and_long_episodes_take_the_torch_code(switch, taken):
-    sizes = {"slot_dim": 4, "num_heads": 1, "top_k": 3}
-    SAM(3, 6, 2, num_slots=20, **sizes).bfloat16()(torch.randn(2, 3, 3).bfloat16())
+def test_other_dtypes_take_the_torch_code(switch, taken):
+    model = SAM(3, 6, 2, num_slots=20, slot_dim=4, num_heads=1, top_k=3).bfloat16()
+    model(torch.randn(2, 3, 3).bfloat16())
     assert taken == [False] * 3
-    model = SAM(3, 6, 2, num_slots=50, **sizes, index_after=8)
-    model(torch.randn(2, 19, 3))
-    assert taken[3:7] == [True] * 4
-    assert not any(taken[10:])
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("num_slots", [52, 1000])
+def test_a_long_episode_is_searched_through_its_index(model_class, num_slots, switch, taken):
+    """Short enough that all of the index's lists are looked into: it misses nothing."""
+    pytest.importorskip("faiss")
+    sizes = {"num_slots": num_slots, "slot_dim": 5, "num_heads": 2, "top_k": 3}
+    torch.manual_seed(0)
+    indexed = model_class(3, 6, 2, **sizes, index_after=8).double()
+    exact = model_class(3, 6, 2, **sizes, index_after=None).double()
+    exact.load_state_dict(indexed.state_dict())
+    input = torch.randn(2, 30, 3, dtype=F64, requires_grad=True)
+    output, state = indexed(input)
+    assert all(taken)
+    assert state.episode._store.sealed.sealed >= 32, "the index was used"
+    switch(False)
+    expected, end = exact(input)
+    ours, truth = everything(indexed, input, output, state), everything(exact, input, expected, end)
+    assert_same(ours, truth, F64)
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_least_recent_slots_asked_for_in_between_change_nothing(switch):
