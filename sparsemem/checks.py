@@ -1,7 +1,7 @@
 """Checks of arguments: each error names the argument, its value and what was expected."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from torch import Tensor
@@ -40,6 +40,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"
+
+
+def check_known(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a name that is not a known one."""
+    if value not in known:
+        raise ValueError(f"{name} is {str(value)!r}, {nearest(str(value), known)}")
 
 
 def check_fraction(name: str, value: float) -> float:

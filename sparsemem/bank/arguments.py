@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsemem.bank.rows import ROW_DTYPES
-from sparsemem.checks import check_at_most, check_finite, check_size
+from sparsemem.checks import check_at_most, check_finite, check_fraction, check_size
 from sparsemem.indexes.base import check_ids
+from sparsemem.indexes.factory import PRODUCT_KEY
 
 INT64_MAX = 2**63 - 1
 MAX_TTL = 2**62  # the clock and it fit into an int64 together
@@ -71,13 +72,16 @@ def check_ttl(ttl: int | None) -> int:
     return check_at_most("ttl", check_size("ttl", ttl, 0), "the longest", MAX_TTL)
 
 
-def check_index(index: str) -> str:
-    """Return an index's name, if it can be one."""
+def check_index(index: str, min_recall: float | None, value_width: int | None) -> None:
+    """Refuse what cannot be an index's name, its floor of the recall, and keys without values."""
+    if min_recall is not None:
+        check_fraction("min_recall", min_recall)
     if not isinstance(index, str):
         raise TypeError(
             f"index is {index!r}, expected 'exact', 'product-key' or a FAISS factory string"
         )
-    return index
+    if index == PRODUCT_KEY and value_width is None:
+        raise ValueError("value_width is None, expected a width: product keys are no values")
 
 
 def check_live(ids: Tensor, live: Tensor, what: str) -> None:

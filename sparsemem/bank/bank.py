@@ -26,7 +26,7 @@ from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
 from sparsemem.bank.rows import gather, gather_pairs, gather_scored, new_storage
 from sparsemem.bank.store import RAM, RowStore
-from sparsemem.checks import check_at_most, check_fraction, check_size, nearest
+from sparsemem.checks import check_at_most, check_size, nearest
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
@@ -99,17 +99,10 @@ class MemoryBank(RowStore):
         seed: int = 0,
         **index_options: Any,
     ) -> None:
-        if min_recall is not None:
-            check_fraction("min_recall", min_recall)
-        if not isinstance(sync, bool):
-            raise TypeError(f"sync is {sync!r}, expected True or False")
-        check_index(index)
-        if index == PRODUCT_KEY and value_width is None:
-            raise ValueError("value_width is None, expected a width: product keys are no values")
+        check_index(index, min_recall, value_width)
+        _check_place(path, sync)
         if index not in (EXACT, PRODUCT_KEY):
             index_options["min_recall"] = min_recall
-        if path is not None:
-            check_new_place(path)
         with new_storage(None if storage == RAM else Path(storage)):
             super().__init__(
                 num_rows,
@@ -397,3 +390,10 @@ class MemoryBank(RowStore):
         if values is not None or self.values is None or live.all():
             return values
         return self.values.detach().index_select(0, ids).masked_fill_(~live.unsqueeze(1), 0)
+
+
+def _check_place(path: str | Path | None, sync: bool) -> None:
+    if not isinstance(sync, bool):
+        raise TypeError(f"sync is {sync!r}, expected True or False")
+    if path is not None:
+        check_new_place(path)

@@ -70,6 +70,20 @@ def mapped_zeros(path: Path, shapes: list[tuple[int, ...]], dtype: torch.dtype) 
     return [part.view(dtype).view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def new_tables(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    path: Path | None,
+) -> list[Tensor]:
+    """Tables of zeros: in memory, or (CPU only) in a new file."""
+    if path is None:
+        return [zeros(*shape, dtype=dtype, device=device) for shape in shapes]
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"storage is {str(path)!r}, expected 'ram' for a bank on {device}")
+    return mapped_zeros(path, shapes, dtype)
+
+
 @contextmanager
 def new_storage(path: Path | None) -> Iterator[None]:
     """The block makes the file of a bank's tables (None: there is none); if it fails, that goes.

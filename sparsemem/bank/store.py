@@ -18,11 +18,11 @@ from sparsemem.bank.book import FOREVER, RowBook
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
 from sparsemem.bank.journal import Journal, Kind
-from sparsemem.bank.rows import fill_normal, mapped_zeros, own, without_rows, zeros
+from sparsemem.bank.rows import fill_normal, new_tables, own, without_rows
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
-from sparsemem.checks import check_size, nearest
+from sparsemem.checks import check_known, check_size
 from sparsemem.indexes.base import Index
 from sparsemem.indexes.factory import PRODUCT_KEY, make_index
 from sparsemem.indexes.locks import ReadWriteLock
@@ -79,21 +79,12 @@ class RowStore(nn.Module):
         self.num_rows = check_size("num_rows", num_rows)
         self.width = check_size("width", width)
         self.value_width = None if value_width is None else check_size("value_width", value_width)
-        metrics = [str(known) for known in Metric]
-        if metric not in metrics:
-            raise ValueError(f"metric is {str(metric)!r}, {nearest(str(metric), metrics)}")
-        if initial not in INITIAL:
-            raise ValueError(f"initial is {initial!r}, {nearest(str(initial), INITIAL)}")
+        check_known("metric", metric, [str(known) for known in Metric])
+        check_known("initial", initial, INITIAL)
         check_size("seed", seed, 0)
         self.metric = Metric(metric)
         self.index_name, self.index_options = index, index_options
-        try:
-            self._make_tables(check_dtype(dtype), device, storage)
-            self.book = RowBook(num_rows, device)
-        except MemoryError as error:
-            raise MemoryError(
-                f"num_rows is {num_rows}, width is {width}, value_width is {value_width}: {error}"
-            ) from None
+        self._allocate(check_dtype(dtype), device, storage)
         if initial == "normal" or self.has_product_keys:
             self._fill(initial, seed)
         self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
@@ -378,9 +369,10 @@ class RowStore(nn.Module):
             if table.grad is not None and table.grad.is_sparse:
                 table.grad = without_rows(table.grad, ids)
 
-    def _make_tables(
+    def _allocate(
         self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path
     ) -> None:
+        """The tables and the book on them, all zero."""
         shapes: list[tuple[int, ...]] = [(self.num_rows, self.width)]
         if self.has_product_keys:
             if self.width % 2:
@@ -388,12 +380,12 @@ class RowStore(nn.Module):
             shapes = [(2, num_subkeys(self.num_rows), self.width // 2)]
         if self.value_width is not None:
             shapes.append((self.num_rows, self.value_width))
-        if storage == RAM:
-            tables = [zeros(*shape, dtype=dtype, device=device) for shape in shapes]
-        elif device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"storage is {str(storage)!r}, expected 'ram' for a bank on {device}")
-        else:
-            tables = mapped_zeros(Path(storage), shapes, dtype)
+        try:
+            tables = new_tables(shapes, dtype, device, None if storage == RAM else Path(storage))
+            self.book = RowBook(self.num_rows, device)
+        except MemoryError as error:
+            sizes = f"width is {self.width}, value_width is {self.value_width}"
+            raise MemoryError(f"num_rows is {self.num_rows}, {sizes}: {error}") from None
         self.keys = nn.Parameter(tables[0])
         self.values = nn.Parameter(tables[1]) if len(tables) > 1 else None
 
