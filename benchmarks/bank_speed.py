@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ import faiss
 import torch
 import typer
 from clusters import clustered
-from common import interleaved, machine, recalls, seconds
+from common import Timings, interleaved, machine, recalls, seconds
 from torch import Tensor
 
 from sparsemem import MemoryBank
@@ -66,67 +68,72 @@ def training_step(bank: MemoryBank, optimiser: torch.optim.Optimizer, queries: T
     optimiser.step()
 
 
+class Rivals:
+    """A bank and a FAISS index over the same rows, and the queries that both get next."""
+
+    def __init__(self, rows: Tensor, name: str) -> None:
+        self.rows, self.generator = rows, torch.Generator().manual_seed(5)
+        self.bank, self.build_seconds = built(rows, name)
+        self.plain = bare(rows, name)
+        for _ in range(8):  # live queries, which the index is then tuned for
+            self.bank.read(queries_near(rows, self.generator), TOP_K)
+        time.sleep(5)
+        self.plain.nprobe = self.bank.stats()["effort"]
+        self.renew()
+
+    def renew(self) -> None:
+        """Queries that neither has seen."""
+        self.queries = queries_near(self.rows, self.generator)
+
+    def theirs(self) -> Any:
+        """What FAISS finds."""
+        return self.plain.search(to_faiss(self.queries, Metric.cosine), TOP_K)[1]
+
+    def measured(self, repetitions: int, **works: Callable[[], object]) -> Timings:
+        """Times in turns with FAISS's search and a gather of the rows that it found."""
+        gather = {"faiss_and_gather": lambda: self.rows[torch.from_numpy(self.theirs())]}
+        return interleaved({"queries": self.renew, **gather, **works}, repetitions)
+
+    def recalls(self) -> dict[str, float]:
+        """Of the bank and of FAISS, on the next queries, against exact search."""
+        self.renew()
+        with torch.no_grad():
+            truth = self.bank.index.exact.search(self.queries, TOP_K).ids.numpy()
+            found = self.bank.read(self.queries, TOP_K).ids.numpy()
+        return {
+            "recall_of_read": statistics.mean(recalls(found, truth)),
+            "recall_of_faiss": statistics.mean(recalls(self.theirs(), truth)),
+        }
+
+
 def one_million() -> dict[str, Any]:
     """Read and training step against bare FAISS and against exact search."""
-    name, generator = "IVF4096,Flat", torch.Generator().manual_seed(5)
-    rows = clustered(1_000_000, 64)
-    bank, build_seconds = built(rows, name)
-    plain = bare(rows, name)
-    for _ in range(8):  # live queries, which the index is then tuned for
-        bank.read(queries_near(rows, generator), TOP_K)
-    time.sleep(5)
-    plain.nprobe = bank.stats()["effort"]
-    held: dict[str, Tensor] = {}
+    rivals = Rivals(clustered(1_000_000, 64), "IVF4096,Flat")
+    bank = rivals.bank
 
-    def search_and_gather() -> Tensor:
-        ids = plain.search(to_faiss(held["q"], Metric.cosine), TOP_K)[1]
-        return rows[torch.from_numpy(ids)]
+    def read() -> object:
+        return bank.read(rivals.queries, TOP_K)
 
-    def new_queries() -> None:
-        held["q"] = queries_near(rows, generator)
-
-    sgd, adam = RowSGD([bank.keys], lr=1e-3), RowAdam([bank.keys], lr=1e-4)
-    reads = interleaved(
-        {
-            "queries": new_queries,
-            "faiss_and_gather": search_and_gather,
-            "read": lambda: bank.read(held["q"], TOP_K),
-        },
-        REPETITIONS,
-    )
-    with torch.no_grad():
-        truth = bank.index.exact.search(held["q"], TOP_K).ids.numpy()
-        found = bank.read(held["q"], TOP_K).ids.numpy()
-        theirs = plain.search(to_faiss(held["q"], Metric.cosine), TOP_K)[1]
+    reads = rivals.measured(REPETITIONS, read=read)
+    accuracy = rivals.recalls()
     scans = interleaved(
-        {
-            "exact": lambda: bank.index.exact.search(held["q"], TOP_K),
-            "read": lambda: bank.read(held["q"], TOP_K),
-        },
-        7,
+        {"exact": lambda: bank.index.exact.search(rivals.queries, TOP_K), "read": read}, 7
     )
-    steps = interleaved(
-        {
-            "queries": new_queries,
-            "faiss_and_gather": search_and_gather,
-            "step_sgd": lambda: training_step(bank, sgd, held["q"]),
-            "step_adam": lambda: training_step(bank, adam, held["q"]),
-        },
-        3 * REPETITIONS,
-    )
-    result = {
-        "build_seconds": build_seconds,
-        "recall_of_read": statistics.mean(recalls(found, truth)),
-        "recall_of_faiss": statistics.mean(recalls(theirs, truth)),
-        "milliseconds": {
-            name: times.median(name) * 1e3 for times in (steps, scans, reads) for name in times
-        },
-        "read_to_faiss_and_gather": reads.ratio("read", "faiss_and_gather"),
-        "step_sgd_to_faiss_and_gather": steps.ratio("step_sgd", "faiss_and_gather"),
-        "step_adam_to_faiss_and_gather": steps.ratio("step_adam", "faiss_and_gather"),
-        "exact_to_read": scans.ratio("exact", "read"),
-        "stats": bank.stats(),
+    result: dict[str, Any] = {"build_seconds": rivals.build_seconds, **accuracy}
+    result["milliseconds"] = {
+        name: times.median(name) * 1e3 for times in (scans, reads) for name in times
     }
+    result["read_to_faiss_and_gather"] = reads.ratio("read", "faiss_and_gather")
+    result["exact_to_read"] = scans.ratio("exact", "read")
+    for name, optimiser in {
+        "step_sgd": RowSGD([bank.keys], lr=1e-3),
+        "step_adam": RowAdam([bank.keys], lr=1e-4),
+    }.items():
+        step = partial(training_step, bank, optimiser)
+        times = rivals.measured(2 * REPETITIONS, step=lambda step=step: step(rivals.queries))
+        result["milliseconds"][name] = times.median("step") * 1e3
+        result[f"{name}_to_faiss_and_gather"] = times.ratio("step", "faiss_and_gather")
+    result["stats"] = bank.stats()
     bank.close()
     return result
 
