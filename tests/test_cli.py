@@ -125,6 +125,29 @@ def test_what_does_not_fit_in_memory_is_one_line(config, settings):
     assert "the config does not fit in memory" in line
 
 
+def test_plan_says_what_a_config_takes_and_makes_nothing(config):
+    shown = sparsemem("plan", config).stdout
+    assert re.search(r"^memory +[\d.]+ [MG]iB of [\d.]+ \w+$", shown, re.M)
+    assert re.search(r"^  training step +[\d.]+ \w+ = .*parameters ", shown, re.M)
+    assert re.search(r"^time +[\d.]+ ms a training step", shown, re.M)
+    found = json.loads(sparsemem("plan", config, "--json").stdout)
+    assert found["network"] == {"workers": 1, "bytes_a_step": 0}
+    assert found["seconds"]["total"] == pytest.approx(12 * found["seconds"]["step"])
+    large = sparsemem("plan", config, "--set", "task.max_level=100000000").stdout
+    assert "DOES NOT FIT" in large.splitlines()[0]
+    assert not Path("runs").exists()
+
+
+def test_train_refuses_what_cannot_fit_with_the_sum_before_it_makes_anything(config):
+    result = sparsemem("train", config, "--set", "task.max_level=100000000", code=USER_ERROR)
+    assert re.match(
+        r"error: the config does not fit in memory: a training step needs [\d.]+ \w+ = activations"
+        r" .*, the machine has [\d.]+ \w+\n$",
+        result.stderr,
+    )
+    assert not Path("runs").exists()
+
+
 def test_a_relative_data_path_holds_in_another_folder(config, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "en"
     folder.mkdir(parents=True)

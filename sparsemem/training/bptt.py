@@ -58,7 +58,9 @@ def train_batch(
             chunk_loss = task.loss(output, chunk, normaliser)
             loss += _finite("loss", chunk_loss.item())
             norm = max(norm, _update(model, optimiser, chunk_loss, clip))
+            del chunk_loss
         state = state.detach()
+        del output  # or the graph of a chunk in which nothing is scored would outlive the next
     touched = state.touched.to(torch.float64).mean().item()
     metric = float(task.metric(torch.cat(outputs, 1), batch))
     return BatchResult(loss, metric, touched, norm)

@@ -25,10 +25,12 @@ from sparsemem.training.optimisers import make_optimiser
 from sparsemem.training.plan import Lengths, Planned, Seconds, model_on
 from sparsemem.training.setup import device_of
 
-SPARSE_STEPS, DENSE_STEPS = 64, 12  # that are run, at most
-MOST_SEQUENCES, MOST_HIDDEN = 32, 512
-MOST_NUMBERS = 2**25  # that a pass may hold
-SECONDS, MOST_REPETITIONS, FEWEST = 1.2, 15, 3  # of each size that is run
+SPARSE_STEPS, DENSE_STEPS = 64, 16  # that are run, at most
+MOST_SEQUENCES, MOST_HIDDEN = 64, 512
+FEWEST_STEPS, FEWEST_SEQUENCES = 4, 4  # before fewer slots are run
+MOST_NUMBERS = 2**26  # that a pass may hold
+SECONDS, MOST_REPETITIONS, FEWEST = 1.0, 15, 3  # of each size that is run
+CHEAPEST, DEAREST = 0.5, 1.5  # a step, by its share of what was run
 LEVELS = (64, 128)
 
 
@@ -60,20 +62,28 @@ def _step_seconds(config: Config, task: Task, lengths: Lengths) -> float:
     slots = int(config.model.options.get("num_slots", 1))
     wanted = Sizes(config.training.batch_size, round(lengths.mean), cell.hidden_size, slots)
     cut = _cut(cell, wanted)
+    changes = _changes(cell, wanted, cut)
     short = cut._replace(steps=max(1, cut.steps // 2))
-    measured = _timed(config, task, cut)
-    if wanted.steps > cut.steps:
-        half = _timed(config, task, short)
-        each = max(measured - half, 0.0) / max(cut.steps - short.steps, 1)
-        # Each chunk of truncated backpropagation has what a step has beside its time steps.
-        chunks = -(-wanted.steps // (config.training.truncate or wanted.steps))
-        constant = max(measured - each * cut.steps, 0.0)
-        whole = constant * chunks + each * wanted.steps
-    else:
-        whole = measured
-    for change in _changes(cell, wanted, cut):
-        whole *= change.factor(measured, lambda sizes: _timed(config, task, sizes))
+    times = _timed(config, task, [cut, short, *(change.smaller for change in changes)])
+    whole = _whole(times[cut], times[short], cut.steps, wanted.steps, config.training.truncate)
+    for change in changes:
+        whole *= change.factor(times[cut], times[change.smaller])
     return whole
+
+
+def _whole(measured: float, half: float, ran: int, steps: int, truncate: int | None) -> float:
+    """Seconds of all steps of a sequence, from those of `ran` of them, and of half as many.
+
+    Each chunk of truncated backpropagation has what a pass has beside its time steps. Noise may
+    not make a step much cheaper or dearer than its share of what was run.
+    """
+    if steps <= ran and (truncate is None or truncate >= steps):
+        return measured
+    share = measured / ran
+    line = (measured - half) / max(ran - ran // 2, 1)
+    each = min(max(line, CHEAPEST * share), DEAREST * share)
+    constant = max(measured - each * ran, 0.0)
+    return constant * -(-steps // (truncate or steps)) + each * steps
 
 
 class Change(NamedTuple):
@@ -83,10 +93,10 @@ class Change(NamedTuple):
     at: tuple[float, float]  # what time is linear in: at the smaller sizes and the cut ones
     wanted: float
 
-    def factor(self, measured: float, timed: Callable[[Sizes], float]) -> float:
-        """Time at the wanted size, by that at the cut one."""
+    def factor(self, measured: float, smaller: float) -> float:
+        """Time at the wanted size by that at the cut one, from those at the cut and the smaller."""
         low, high = self.at
-        slope = max(measured - timed(self.smaller), 0.0) / (high - low)
+        slope = max(measured - smaller, 0.0) / (high - low)
         return 1 + slope * (self.wanted - high) / measured
 
 
@@ -127,17 +137,38 @@ def _cut(cell: Cell, wanted: Sizes) -> Sizes:
         min(wanted.hidden, MOST_HIDDEN),
         wanted.slots,
     )
-    while (
-        sizes.slots > 64
-        and sizes.batch * sizes.steps * _numbers(cell, sizes.slots) > MOST_NUMBERS
-        and not sparse
-    ):
-        sizes = sizes._replace(slots=sizes.slots // 2)
+    if not sparse:
+        # Rather fewer steps than fewer slots: what fits into a cache is quicker by far.
+        for name, least in (("steps", FEWEST_STEPS), ("batch", FEWEST_SEQUENCES), ("slots", 1)):
+            while getattr(sizes, name) > least and _pass_numbers(cell, sizes) > MOST_NUMBERS:
+                sizes = sizes._replace(**{name: max(getattr(sizes, name) // 2, least)})
     return sizes
 
 
-def _timed(config: Config, task: Task, sizes: Sizes) -> float:
-    """Median seconds of `train_batch` at these sizes, whole sequences, after one to warm up."""
+def _pass_numbers(cell: Cell, sizes: Sizes) -> float:
+    return sizes.batch * sizes.steps * _numbers(cell, sizes.slots)
+
+
+def _timed(config: Config, task: Task, all_sizes: list[Sizes]) -> dict[Sizes, float]:
+    """Median seconds of `train_batch` on whole sequences of each of these sizes, in turns.
+
+    In turns, so that whatever else the machine does hits all of them alike.
+    """
+    steps = {sizes: _training_step(config, task, sizes) for sizes in all_sizes}
+    times: dict[Sizes, list[float]] = {sizes: [] for sizes in all_sizes}
+    for step in steps.values():
+        step()
+    begun = time.perf_counter()
+    for turn in range(MOST_REPETITIONS):
+        if turn >= FEWEST and time.perf_counter() - begun > SECONDS * len(steps):
+            break
+        for sizes, step in steps.items():
+            times[sizes].append(_seconds(step))
+    return {sizes: statistics.median(values) for sizes, values in times.items()}
+
+
+def _training_step(config: Config, task: Task, sizes: Sizes) -> Callable[[], object]:
+    """A training step of a model of these sizes."""
     changes = {"hidden_size": sizes.hidden}
     if "num_slots" in config.model.options:
         changes["num_slots"] = sizes.slots
@@ -145,25 +176,14 @@ def _timed(config: Config, task: Task, sizes: Sizes) -> float:
     model = model_on(device, config, task, **changes)
     optimiser = make_optimiser(config.training.optimizer, model.parameters())
     batch = _sequences(config, task, sizes).to(device)
-
-    def step() -> float:
-        start = time.perf_counter()
-        train_batch(model, task, optimiser, batch, None, config.training.gradient_clip)
-        return time.perf_counter() - start
-
-    return _median(step)
+    clip = config.training.gradient_clip
+    return lambda: train_batch(model, task, optimiser, batch, None, clip)
 
 
-def _median(step: Callable[[], float]) -> float:
-    """Of as many repetitions as fit into SECONDS, after one that does not count."""
-    step()
-    begun = time.perf_counter()
-    times: list[float] = []
-    while len(times) < MOST_REPETITIONS:
-        times.append(step())
-        if len(times) >= FEWEST and time.perf_counter() - begun > SECONDS:
-            break
-    return statistics.median(times)
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _sequences(config: Config, task: Task, sizes: Sizes) -> Batch:
@@ -183,12 +203,8 @@ def _data_seconds(config: Config, task: Task) -> float:
     level = (low + high) // 2
 
     def seconds(level: int) -> float:
-        def make() -> float:
-            start = time.perf_counter()
-            task.batch(1, level)
-            return time.perf_counter() - start
-
-        return _median(make)
+        times = [_seconds(lambda: task.batch(1, level)) for _ in range(FEWEST)]
+        return statistics.median(times)
 
     if level <= LEVELS[1]:
         return seconds(level)

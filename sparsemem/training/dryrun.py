@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from sparsemem.memory.store import FIRST_CAPACITY
 from sparsemem.models.base import Cell, MemoryModel
 from sparsemem.models.sam import SAMCell
 from sparsemem.models.sdnc import SDNCCell
 
-STEPS = (12, 24)  # that are run where a chunk has more
+STEPS = (6, 12)  # that are run where a chunk has more
 PROBE_BATCH = 16  # sequences of sparse models that are run where there are more
 INT = 8  # bytes of an id
 
@@ -78,96 +77,122 @@ def is_sparse(cell: Cell) -> bool:
     return isinstance(cell, SAMCell)
 
 
-def peak_of(model: MemoryModel, batch: int, steps: int, training: bool = True) -> int:
-    """Peak bytes beyond parameters, of a forward (and backward) pass on the model's own device.
+class Pass(NamedTuple):
+    """A forward (and backward) pass: bytes at its peak, and how far a sparse memory has grown."""
+
+    peak: int
+    touched: int = 0  # slots, of the sequence that touched most
+    capacity: int = 0  # rows that there is room for
+    links: int = 0  # rows of links that there is room for
+
+
+def run_pass(model: MemoryModel, batch: int, steps: int, training: bool = True) -> Pass:
+    """Count what a pass takes beyond parameters, on the model's own device.
 
     Gradients of an earlier pass are there at first, as in a training loop, and count too.
     """
     weight = model.output.weight
     with torch.set_grad_enabled(training), AllocationMeter(model.parameters()) as meter:
         gradients = [torch.empty_like(p) for p in model.parameters()] if training else []
-        input = torch.zeros(
-            batch, steps, model.input_size, dtype=weight.dtype, device=weight.device
-        )
-        output = _forward(model, input)
+        output, grown = _forward(model, weight.new_zeros(batch, steps, model.input_size))
         gradients.clear()
         if training:
             output.square().mean().backward()  # type: ignore[no-untyped-call]
         del output
     for parameter in model.parameters():
         parameter.grad = None
-    return int(meter.peak)
+    return Pass(meter.peak, *grown)
 
 
-def _forward(model: MemoryModel, input: Tensor) -> Tensor:
-    """`model(input)` without its checks, which look at values: there are none on meta."""
+def _forward(model: MemoryModel, input: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """`model(input)` without its checks, which look at values: there are none on meta.
+
+    And how far its memory has grown.
+    """
     state, features = model.initial_state(len(input)), []
     for step in input.unbind(1):
         feature, state = model.cell(step, state)
         features.append(feature)
-    return model.output(torch.stack(features, 1))  # type: ignore[no-any-return]
+    grown = (0, 0, 0)
+    if is_sparse(model.cell):
+        links = state.links.follows.ids.shape[2] if isinstance(model.cell, SDNCCell) else 0
+        grown = (state.episode.extent, state.episode.capacity, links)
+    return model.output(torch.stack(features, 1)), grown
 
 
-def linear(at: tuple[int, int], values: tuple[float, float], where: float) -> float:
+def linear(at: tuple[int, int], values: tuple[float, float], where: int | float) -> float:
     """The value at `where` of the line through two points."""
     slope = (values[1] - values[0]) / (at[1] - at[0])
     return values[1] + slope * (where - at[1])
 
 
-def step_bytes(model: MemoryModel, sizes: StepSizes, training: bool = True) -> float:
-    """Peak bytes of a pass beyond parameters: gradients, activations and the memory.
+class StepBytes(NamedTuple):
+    """Bytes of a pass beyond parameters: what sequences touched, and all else at the peak."""
+
+    memory: float
+    rest: float  # gradients, activations, temporaries
+
+
+def step_bytes(model: MemoryModel, sizes: StepSizes, training: bool = True) -> StepBytes:
+    """What a pass takes beyond parameters.
 
     model: on the meta device, or, if sparse, on a real device. What is too long, or has too many
     sequences for a real run, is extrapolated: it is linear in both but for the tables of what was
     touched, which double and are known.
     """
-    store = store_bytes(model.cell, sizes.batch, sizes.steps)
-    steps = STEPS if training else (STEPS[0] // 2, STEPS[0])
+    short, long = min(STEPS[0], sizes.chunk), min(STEPS[1], sizes.chunk)
 
-    def beyond_store(batch: int, count: int) -> float:
-        return float(peak_of(model, batch, count, training) - store_bytes(model.cell, batch, count))
+    def rest(batch: int) -> tuple[float, Pass]:
+        run = run_pass(model, batch, long, training)
+        found = float(run.peak - memory_bytes(model.cell, batch, run))
+        if sizes.chunk == long:
+            return found, run
+        half = run_pass(model, batch, short, training)
+        before = float(half.peak - memory_bytes(model.cell, batch, half))
+        return linear((short, long), (before, found), sizes.chunk), run
 
-    def at_batch(batch: int) -> float:
-        if sizes.chunk <= STEPS[1]:
-            return beyond_store(batch, sizes.chunk)
-        return linear(
-            steps, (beyond_store(batch, steps[0]), beyond_store(batch, steps[1])), sizes.chunk
-        )
-
-    if not is_sparse(model.cell) or sizes.batch <= PROBE_BATCH:
-        return store + at_batch(sizes.batch)
-    batches = (PROBE_BATCH // 2, PROBE_BATCH)
-    return store + linear(batches, (at_batch(batches[0]), at_batch(batches[1])), sizes.batch)
+    batch = min(sizes.batch, PROBE_BATCH) if is_sparse(model.cell) else sizes.batch
+    found, run = rest(batch)
+    if batch < sizes.batch:
+        found = linear((batch // 2, batch), (rest(batch // 2)[0], found), sizes.batch)
+    later = grown(model.cell, run, long, sizes.steps)
+    return StepBytes(float(memory_bytes(model.cell, sizes.batch, later)), found)
 
 
-def store_bytes(cell: Cell, batch: int, steps: int) -> int:
-    """Bytes of what a sparse model's sequences have touched, with the buffer of its gradient.
+def grown(cell: Cell, run: Pass, ran: int, steps: int) -> Pass:
+    """How far the memory of a pass of `ran` steps will have grown after `steps`.
 
-    Tables double when they are full. A step touches as many fresh slots as there are heads, and
-    reads up to top_k that nobody wrote.
+    It goes on touching as many slots a step: those that its heads write, and the untouched ones
+    that they read. Tables double when they are full.
     """
+    if not isinstance(cell, SAMCell):
+        return run
+    touched = min(-(-run.touched * steps // ran), cell.num_slots)
+    room = min(touched + cell.top_k, cell.num_slots)  # a search looks at some untouched rows
+    capacity = min(doubled(run.capacity, room), cell.num_slots)
+    return Pass(run.peak, touched, capacity, doubled(run.links, touched))
+
+
+def memory_bytes(cell: Cell, batch: int, run: Pass) -> int:
+    """Bytes of what a sparse model's sequences have touched, with the buffer of its gradient."""
     if not isinstance(cell, SAMCell):
         return 0
     size = cell.interface.weight.element_size()
-    extent = min(cell.num_slots, steps * cell.num_heads + cell.top_k)
-    capacity = doubled(min(FIRST_CAPACITY, cell.num_slots), extent, cell.num_slots)
     row = 2 * cell.slot_dim * size + size + INT  # row, its gradient, its norm, its last access
     links = 0
     if isinstance(cell, SDNCCell):
-        first = cell.num_heads + cell.top_k
-        table = doubled(first, extent, 2 * max(extent, first)) * cell.num_links * (INT + size)
-        links = 2 * cell.num_heads * table
+        links = 2 * cell.num_heads * run.links * cell.num_links * (INT + size)
     index = 0
-    if cell.index_after is not None and extent > cell.index_after:
-        index = extent * (4 * cell.slot_dim + 2 * INT)  # FAISS: float32 rows, ids, where they are
-    return batch * (capacity * row + links + index)
+    if cell.index_after is not None and run.touched > cell.index_after:
+        index = run.touched * (4 * cell.slot_dim + 2 * INT)  # FAISS: float32 rows, ids, places
+    return batch * (run.capacity * row + links + index)
 
 
-def doubled(capacity: int, needed: int, limit: int) -> int:
+def doubled(capacity: int, needed: int) -> int:
     """A capacity that has been doubled until it holds `needed`."""
-    while capacity < needed:
+    while 0 < capacity < needed:
         capacity *= 2
-    return min(capacity, limit)
+    return capacity
 
 
 def optimiser_bytes(optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[int, int]:

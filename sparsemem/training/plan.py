@@ -14,12 +14,12 @@ from sparsemem.tasks import Task
 from sparsemem.training.config import Config
 from sparsemem.training.curriculum import make_curriculum
 from sparsemem.training.dryrun import (
+    StepBytes,
     StepSizes,
     is_sparse,
     linear,
     optimiser_bytes,
     step_bytes,
-    store_bytes,
 )
 from sparsemem.training.errors import ConfigError
 from sparsemem.training.optimisers import make_optimiser
@@ -200,8 +200,9 @@ def _length(task: Task, level: int) -> float:
         return max(task.batch(index, level).input.shape[1] for index in range(BATCHES))
 
     if level <= LOW_LEVELS[1] or task.max_level <= LOW_LEVELS[1]:
-        return steps(level)
-    return linear(LOW_LEVELS, (steps(LOW_LEVELS[0]), steps(LOW_LEVELS[1])), level)
+        return float(steps(level))
+    low, high = LOW_LEVELS
+    return linear(LOW_LEVELS, (float(steps(low)), float(steps(high))), level)
 
 
 # Memory --------------------------------------------------------------------------------
@@ -215,18 +216,17 @@ def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) ->
     state, temporary = optimiser_bytes(optimiser, model)
     chunk = min(lengths.longest, training.truncate or lengths.longest)
     sizes = StepSizes(training.batch_size, chunk, lengths.longest)
-    store = store_bytes(model.cell, sizes.batch, sizes.steps)
-    peak = _pass_bytes(config, task, model, sizes) - held - store
+    found = _pass_bytes(config, task, model, sizes)
     evaluated = StepSizes(config.evaluation.batch_size, lengths.evaluation, lengths.evaluation)
     memory = Memory(
         parameters=held,
         gradients=held,
         optimiser=state,
-        memory=store,
+        memory=int(found.memory),
         # The optimiser's temporaries come when the activations are gone.
-        activations=int(max(peak, temporary - store)),
+        activations=int(max(found.rest - held, temporary - found.memory)),
         data=_data_bytes(config, task, sizes),
-        evaluation=int(held + state + _pass_bytes(config, task, model, evaluated, False)),
+        evaluation=int(held + state + sum(_pass_bytes(config, task, model, evaluated, False))),
         saving=int(4 * (held + state)),  # all of it, a copy, and the file in memory, twice
         libraries=process_bytes(),
     )
@@ -235,23 +235,26 @@ def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) ->
 
 def _pass_bytes(
     config: Config, task: Task, model: MemoryModel, sizes: StepSizes, training: bool = True
-) -> float:
+) -> StepBytes:
     """`step_bytes` of the config's model, or of a narrower one where that is sparse and wide."""
     if not is_sparse(model.cell):
         return step_bytes(model, sizes, training)
     device, hidden = device_of(config), model.cell.hidden_size
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    held = sum(parameter.nbytes for parameter in model.parameters()) if training else 0
 
-    def beyond(width: int) -> float:
-        """Bytes with a controller of a width, beyond gradients."""
+    def beyond(width: int) -> StepBytes:
+        """With a controller of a width, without gradients."""
         probe = model_on(device, config, task, hidden_size=width)
         gradients = sum(p.nbytes for p in probe.parameters()) if training else 0
-        return step_bytes(probe, sizes, training) - gradients
+        found = step_bytes(probe, sizes, training)
+        return found._replace(rest=found.rest - gradients)
 
     if hidden <= PROBE_HIDDEN[1]:
-        return beyond(hidden) + (held if training else 0)
-    low, high = PROBE_HIDDEN
-    return linear(PROBE_HIDDEN, (beyond(low), beyond(high)), hidden) + (held if training else 0)
+        found = beyond(hidden)
+        return found._replace(rest=found.rest + held)
+    narrow, wide = (beyond(width) for width in PROBE_HIDDEN)
+    rest = linear(PROBE_HIDDEN, (narrow.rest, wide.rest), hidden)
+    return StepBytes(wide.memory, rest + held)
 
 
 def _data_bytes(config: Config, task: Task, sizes: StepSizes) -> int:
@@ -301,7 +304,7 @@ def _kib(path: Path, name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def show_bytes(value: float) -> str:
+def show_bytes(value: int | float) -> str:
     """1.23 MiB."""
     for unit in UNITS:
         if abs(value) < 1024 or unit == UNITS[-1]:

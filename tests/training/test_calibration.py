@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from sparsemem.training import calibration
+from sparsemem.training.calibration import Sizes, plan_seconds
+from sparsemem.training.config import make_config
+from sparsemem.training.plan import plan_memory
+
+# Plain numbers: an int serves as a float.
+pytestmark = pytest.mark.usefixtures("plain_errors")
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Instead of the machine: times in proportion to what a dense memory computes."""
+    asked = []
+
+    def fake(config, task, all_sizes):
+        asked.extend(all_sizes)
+        return {sizes: seconds(sizes) for sizes in all_sizes}
+
+    monkeypatch.setattr(calibration, "_timed", fake)
+    monkeypatch.setattr(calibration, "_data_seconds", lambda config, task: 0.0)
+    return asked
+
+
+def seconds(sizes):
+    return 1e-6 * sizes.batch * sizes.steps * (1000 + sizes.slots)
+
+
+def plan_of(tree):
+    return plan_seconds(plan_memory(make_config(tree)))
+
+
+def test_sizes_that_can_be_run_are_run(tree, timed):
+    tree["curriculum"] = {"minimum": 4, "maximum": 4}
+    found = plan_of(tree)
+    assert timed[0] == Sizes(batch=3, steps=9, hidden=12, slots=2**20)
+    assert found.step == seconds(timed[0])
+    assert found.total == found.step * 20
+
+
+def test_sizes_that_were_cut_down_are_extrapolated(tree, timed):
+    tree["model"] = {"name": "ntm", "hidden_size": 12, "num_slots": 10**6, "slot_dim": 6}
+    tree["curriculum"] = {"minimum": 40, "maximum": 40}
+    tree["training"]["batch_size"] = 100
+    found = plan_of(tree)
+    assert max(sizes.slots for sizes in timed) < 10**6
+    assert max(sizes.steps for sizes in timed) <= calibration.DENSE_STEPS
+    wanted = Sizes(batch=100, steps=81, hidden=12, slots=10**6)
+    assert found.step == pytest.approx(seconds(wanted), rel=0.02)
+
+
+def test_each_chunk_has_its_constant_cost():
+    # 5 s and 1 s a step: 40 steps in chunks of 10.
+    assert calibration._whole(5 + 10, 5 + 5, 10, 40, 10) == pytest.approx(4 * 5 + 40)
+    assert calibration._whole(5 + 10, 5 + 5, 10, 40, None) == pytest.approx(5 + 40)
+    assert calibration._whole(15, 10, 10, 10, None) == 15
+    # Noise: half as many steps took longer.
+    assert calibration._whole(10, 12, 10, 20, None) == pytest.approx(5 + 10)
+
+
+def test_a_real_calibration_tells_a_time_and_leaves_things_alone(tree, monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert 0 < plan_of(tree).step < 60
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from sparsemem.bench.measuring import tensor_peak
+from sparsemem.training import plan
+from sparsemem.training.config import make_config
+from sparsemem.training.errors import ConfigError
+from sparsemem.training.plan import check_fits, lines, plan_memory
+from sparsemem.training.run import RunFolder
+from sparsemem.training.setup import prepare
+from sparsemem.training.trainer import Trainer
+
+DENSE = {"hidden_size": 12, "num_slots": 64, "slot_dim": 6, "num_heads": 2}
+
+
+def planned(tree):
+    return plan_memory(make_config(tree)).plan
+
+
+def model(name):
+    if name in ("sam", "sdnc"):
+        return {"name": name, **DENSE, "num_slots": 2**20, "top_k": 2}
+    return {"name": name, "hidden_size": 12} if name == "lstm" else {"name": name, **DENSE}
+
+
+@pytest.mark.parametrize("name", ["lstm", "ntm", "dnc", "sam", "sdnc"])
+@pytest.mark.parametrize("truncate", [None, 6])
+def test_memory_is_within_20_percent_of_what_training_takes(tree, name, truncate):
+    tree["model"] = model(name)
+    tree["task"]["max_level"] = 10
+    tree["training"] |= {"truncate": truncate, "batch_size": 8}
+    config = make_config(tree)
+
+    def train():
+        trainer = Trainer(prepare(config))
+        for _ in range(2):
+            trainer._train_batch(10)
+            trainer.step += 1
+
+    train()
+    assert planned(tree).memory.step == pytest.approx(tensor_peak(train), rel=0.2)
+
+
+def test_the_sum_is_of_its_parts(tree):
+    memory = planned(tree).memory
+    parameters = sum(p.nbytes for p in prepare(make_config(tree)).model.parameters())
+    assert memory.parameters == memory.gradients == parameters
+    assert 2 * parameters <= memory.optimiser < 2.1 * parameters  # Adam
+    parts = ("parameters", "gradients", "optimiser", "memory", "activations", "data")
+    assert memory.step == sum(getattr(memory, part) for part in parts)
+    assert memory.process >= memory.step + memory.libraries
+
+
+def test_a_checkpoint_takes_the_disk_that_was_predicted(tree, tmp_path, new_run):
+    tree["training"]["steps"] = 10
+    trainer, run = new_run("run", tree)
+    trainer.train(run)
+    disk = planned(tree).disk
+    found = sum(file.stat().st_size for file in run.newest_checkpoint().iterdir())
+    assert disk.checkpoint == pytest.approx(found, rel=0.2)
+    assert disk.total >= sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    assert isinstance(run, RunFolder)
+
+
+def test_nothing_goes_over_a_network_on_one_machine(tree):
+    assert planned(tree).network.model_dump() == {"workers": 1, "bytes_a_step": 0}
+
+
+def test_long_sequences_are_not_made_to_know_their_length(tree):
+    tree["task"]["max_level"] = 10**9
+    tree["curriculum"] = {"minimum": 1, "maximum": 10**9}
+    assert planned(tree).longest_sequence == 2 * 10**9 + 1
+    tree["task"]["max_level"] = 200
+    tree["curriculum"] = {"minimum": 1, "maximum": 200}
+    assert planned(tree).longest_sequence == 401
+
+
+def test_what_cannot_fit_is_refused_with_the_sum(tree):
+    tree["model"] = {**model("dnc"), "num_slots": 10**6}
+    with pytest.raises(ConfigError) as caught:
+        check_fits(make_config(tree))
+    message = str(caught.value)
+    assert message.startswith("the config does not fit in memory: a training step needs ")
+    assert " TiB = activations " in message
+    assert "the machine has " in message
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
+    whole = plan.machine_bytes(torch.device("cpu"))
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(plan, "CGROUP", limit)
+    limit.write_text("123456\n")
+    assert plan.machine_bytes(torch.device("cpu")) == 123456
+    limit.write_text("max\n")
+    assert plan.machine_bytes(torch.device("cpu")) == whole
+
+
+def test_planning_leaves_the_random_numbers_alone(tree):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    planned(tree)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_plan_is_told_in_lines(tree):
+    shown = "\n".join(lines(planned(tree)))
+    assert "sequences of up to 9 steps" in shown
+    assert "network   0 bytes a step, 1 worker" in shown
+    assert "DOES NOT FIT" not in shown
