@@ -1,4 +1,4 @@
-"""The command line: `sparsemem train | eval | plot | models | tasks | bank`."""
+"""The command line: `sparsemem train | plan | eval | plot | models | tasks | bank | bench`."""
 
 from __future__ import annotations
 
@@ -84,6 +84,14 @@ def train(
         Path | None,
         typer.Option("--resume", metavar="RUN", help="Go on from the newest checkpoint of a run."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Say where a step's time goes, after some 30 steps; RUN/profile has the table and"
+            " a trace for the browser.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model. Ctrl-C saves and leaves; --resume goes on as if nothing had happened."""
     with _user_errors():
@@ -95,13 +103,13 @@ def train(
             folder = RunFolder.open(resume_)
             changes = set_ or []
             wanted = load_config(config, changes) if config else folder.config(changes)
-            outcome = resume(folder, wanted, _say)
+            outcome = resume(folder, wanted, _say, profiled=profile)
         elif config is None:
             raise UserError("expected CONFIG.yaml to train, or --resume RUN to go on with a run")
         else:
             checked = load_config(config, set_ or [])
             path = run or Path("runs") / config.stem
-            folder, outcome = start(checked, path, _say, numbered=run is None)
+            folder, outcome = start(checked, path, _say, numbered=run is None, profiled=profile)
         _report(folder, outcome)
     if outcome is Outcome.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)

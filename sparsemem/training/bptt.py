@@ -11,6 +11,7 @@ import torch
 from sparsemem.errors import UserError
 from sparsemem.models.base import MemoryModel
 from sparsemem.tasks import Batch, Task
+from sparsemem.training.regions import region
 
 
 class Diverged(UserError):
@@ -55,14 +56,16 @@ def train_batch(
         output, state = model(chunk.input, state)
         outputs.append(output.detach())
         if chunk.mask.any():
-            chunk_loss = task.loss(output, chunk, normaliser)
+            with region("loss"):
+                chunk_loss = task.loss(output, chunk, normaliser)
             loss += _finite("loss", chunk_loss.item())
             norm = max(norm, _update(model, optimiser, chunk_loss, clip))
             del chunk_loss
         state = state.detach()
         del output  # or the graph of a chunk in which nothing is scored would outlive the next
     touched = state.touched.to(torch.float64).mean().item()
-    metric = float(task.metric(torch.cat(outputs, 1), batch))
+    with region("loss"):
+        metric = float(task.metric(torch.cat(outputs, 1), batch))
     return BatchResult(loss, metric, touched, norm)
 
 
@@ -74,11 +77,13 @@ def _update(
 ) -> float:
     """One optimiser step; returns the gradient's norm before clipping."""
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    limit = math.inf if clip is None else clip  # an infinite limit measures and leaves
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    _finite("gradient norm", norm)
-    optimiser.step()
+    with region("autograd"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    with region("optimiser"):
+        limit = math.inf if clip is None else clip  # an infinite limit measures and leaves
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        _finite("gradient norm", norm)
+        optimiser.step()
     return norm
 
 

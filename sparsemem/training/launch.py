@@ -32,21 +32,32 @@ RESUME_MAY_CHANGE = {
 
 
 def start(
-    config: Config, path: Path, announce: Callable[[str], Any] = print, *, numbered: bool = False
+    config: Config,
+    path: Path,
+    announce: Callable[[str], Any] = print,
+    *,
+    numbered: bool = False,
+    profiled: bool = False,
 ) -> tuple[RunFolder, Outcome]:
     """Train from the beginning in a new run folder; returns it, and why training ended.
 
-    `numbered`: where `path` is taken, take `path`-2, `path`-3, ...
+    `numbered`: where `path` is taken, take `path`-2, `path`-3, ... `profiled`: as `Trainer.train`.
     """
     check_fits(config)
     trainer = _trainer(prepare(config))
     run = RunFolder.create(claim_folder(path) if numbered else path, trainer.config)
     announce(f"run {run.path}")
     with run.lock():
-        return run, trainer.train(run)
+        return run, trainer.train(run, profiled=profiled)
 
 
-def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = print) -> Outcome:
+def resume(
+    run: RunFolder,
+    config: Config,
+    announce: Callable[[str], Any] = print,
+    *,
+    profiled: bool = False,
+) -> Outcome:
     """Go on from a run's newest checkpoint; nothing is changed before all is checked.
 
     ConfigError if `config` differs from the run's own in more than `RESUME_MAY_CHANGE`.
@@ -66,7 +77,7 @@ def resume(run: RunFolder, config: Config, announce: Callable[[str], Any] = prin
         run.cut_metrics(trainer.step)
         run.write_config(setup.config)
         announce(f"run {run.path}, going on from step {trainer.step}")
-        return trainer.train(run)
+        return trainer.train(run, profiled=profiled)
 
 
 @contextmanager

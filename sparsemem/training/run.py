@@ -5,6 +5,7 @@ metrics.jsonl   one JSON object a line, in order of steps
 checkpoints/    see `sparsemem.training.checkpoint`
 tensorboard/    event files, when tensorboard is installed
 pictures/       what `sparsemem plot` draws
+profile/        where the time goes, when trained with --profile
 eval.json       what `sparsemem eval` found last
 """
 
@@ -36,6 +37,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.pictures = path / "pictures"
         self.events = path / "tensorboard"
+        self.profile = path / "profile"
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunFolder:

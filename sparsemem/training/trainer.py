@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from sparsemem.training.curriculum import make_curriculum
 from sparsemem.training.errors import CheckpointError, RunError
 from sparsemem.training.evaluate import Result, evaluate
 from sparsemem.training.optimisers import make_optimiser, make_schedule
+from sparsemem.training.profiling import Profile
 from sparsemem.training.progress import Progress
+from sparsemem.training.regions import region
 from sparsemem.training.run import MetricsLog, RunFolder
 from sparsemem.training.setup import Setup, describe, load_model, package_version
 from sparsemem.training.signals import Stop, stop_on_signal
@@ -61,13 +63,17 @@ class Trainer:
         self.validation: dict[str, float] | None = None  # the last one
         self.best: dict[str, float] | None = None
         self.seconds = 0.0
+        self.profile: Profile | None = None
         self._saved: tuple[int, Path] | None = None  # step and path of the newest checkpoint
 
     # The loop ------------------------------------------------------------------------
 
-    def train(self, run: RunFolder, progress: Progress | None = None) -> Outcome:
+    def train(
+        self, run: RunFolder, progress: Progress | None = None, profiled: bool = False
+    ) -> Outcome:
         """Train to the last step, or until a signal or `stop_below` ends it; saves at the end.
 
+        profiled: say where the time of the first steps goes, and write it to the run's folder.
         The caller holds `run.lock()`.
         RunError if the loss is no longer finite: it names the step and the checkpoint to
         go back to, which stays as it is.
@@ -79,6 +85,7 @@ class Trainer:
             closing(MetricsLog(run, self.step)) as log,
             stop_on_signal() as stop,
         ):
+            self.profile = Profile(self.model, run.profile, progress.say) if profiled else None
             for line in describe(self.config, self.model).splitlines():
                 progress.say(line)
             while self._outcome(stop) is None:
@@ -86,6 +93,8 @@ class Trainer:
             if stop.number is not None:
                 progress.say("asked to stop: saving; once more leaves at once, without saving")
             self._save(run, log)
+            if self.profile is not None:
+                self.profile.close()
         outcome = self._outcome(stop)
         assert outcome is not None
         return outcome
@@ -108,7 +117,8 @@ class Trainer:
         training = self.config.training
         rate = float(self.schedule.get_last_lr()[0])
         level = self.curriculum.level(self.step)
-        result = self._train_batch(level)
+        with nullcontext() if self.profile is None else self.profile.step():
+            result = self._train_batch(level)
         self.step += 1
         if self.curriculum.update(result.loss):
             progress.say(f"step {self.step}: levels up to {self.curriculum.hardest} from here on")
@@ -127,7 +137,8 @@ class Trainer:
     def _train_batch(self, level: int) -> BatchResult:
         """One batch and the learning rate's step; RunError if it diverged."""
         training = self.config.training
-        batch = self.task.batch(self.step, level).to(self.device)
+        with region("data"):
+            batch = self.task.batch(self.step, level).to(self.device)
         try:
             result = train_batch(
                 self.model,
