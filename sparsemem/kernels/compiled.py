@@ -78,6 +78,20 @@ def add_scaled(to, factor, row):
 
 
 @kernel
+def assign(to, row):
+    """to = row. As `to[:] = row`, which takes a second to compile."""
+    for i in range(len(to)):
+        to[i] = row[i]
+
+
+@kernel
+def clear(to):
+    """to = 0."""
+    for i in range(len(to)):
+        to[i] = 0
+
+
+@kernel
 def inverse_norm(row):
     """1 / sqrt(|row|^2 + epsilon)."""
     return 1 / np.sqrt(dot(row, row) + COSINE_EPSILON)
@@ -98,9 +112,33 @@ def oneplus(x):
 @kernel
 def softmax(values):
     """Softmax of a short vector, in place."""
-    values -= values.max()
-    values[:] = np.exp(values)
-    values /= values.sum()
+    largest, total = values.max(), 0.0
+    for i in range(len(values)):
+        values[i] = np.exp(values[i] - largest)
+        total += values[i]
+    for i in range(len(values)):
+        values[i] /= total
+
+
+@kernel
+def insert(cells, ids, found, cell, id):
+    """Put an id where it belongs among the best so far: by cell, then the lower id.
+
+    How many there are now, and the place (-1: it is not among them).
+    """
+    last = len(ids) - 1
+    if found > last:
+        if cells[last] > cell or (cells[last] == cell and ids[last] <= id):
+            return found, -1
+        found = last
+    place = found
+    while place > 0 and (
+        cells[place - 1] < cell or (cells[place - 1] == cell and ids[place - 1] > id)
+    ):
+        cells[place], ids[place] = cells[place - 1], ids[place - 1]
+        place -= 1
+    cells[place], ids[place] = cell, id
+    return found + 1, place
 
 
 @kernel

@@ -9,6 +9,7 @@ from sparsemem.kernels.compiled import (
     LINEAR_FROM,
     add_scaled,
     array_at,
+    clear,
     content_weights,
     dot,
     given_or_zero,
@@ -58,7 +59,7 @@ def mix_backward(links, last_weights, logits, content, gradient, to_logits, to_l
     """Through pi1 b + pi2 c + pi3 f; the content weights' gradient takes the place of c's part."""
     k, modes = links.shape[1], logits.copy()
     softmax(modes)
-    to_logits[:] = 0
+    clear(to_logits)
     for entry in range(k):
         before, middle, after = gradient[entry], gradient[k + entry], gradient[2 * k + entry]
         to_logits[0] += before * dot(links[0, entry], last_weights)
@@ -84,7 +85,7 @@ def read_backward(
     gradient, to_rows, content = to_weights.copy(), np.empty_like(rows), weights[:k].copy()
     for entry in range(entries):
         gradient[entry] += dot(to_reads, rows[entry])
-        to_rows[entry] = 0
+        clear(to_rows[entry])
         add_scaled(to_rows[entry], weights[entry], to_reads)
     by_content = rows[first : first + k]
     if links.shape[1]:
@@ -126,7 +127,7 @@ def write_backward(buffer, values, width, ids, last_weights, to_values, to_last)
         to_gates[1] = to_gate * gate * (1 - gate)
         to_gates[2] = to_interpolation * interpolation * (1 - interpolation)
     for head in range(heads):
-        buffer[ids[head, support]] = 0
+        clear(buffer[ids[head, support]])
 
 
 @kernel

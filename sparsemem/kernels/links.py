@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemem.kernels.compiled import array_at, kernel
+from sparsemem.kernels.compiled import array_at, clear, insert, kernel
 
 
 @kernel
@@ -19,27 +19,6 @@ def cell_of(weight, scale):
         return -scale
     cell = np.rint(scale * weight)
     return np.inf if np.isnan(cell) else cell
-
-
-@kernel
-def insert(cells, ids, found, cell, id):
-    """Put an id where it belongs among the best so far: by cell, then the lower id.
-
-    How many there are now, and the place (-1: it is not among them).
-    """
-    last = len(ids) - 1
-    if found > last:
-        if cells[last] > cell or (cells[last] == cell and ids[last] <= id):
-            return found, -1
-        found = last
-    place = found
-    while place > 0 and (
-        cells[place - 1] < cell or (cells[place - 1] == cell and ids[place - 1] > id)
-    ):
-        cells[place], ids[place] = cells[place - 1], ids[place - 1]
-        place -= 1
-    cells[place], ids[place] = cell, id
-    return found + 1, place
 
 
 @kernel
@@ -116,7 +95,8 @@ def decay(table_ids, table, ids, weights, dense):
     for row in range(len(table)):
         for link in range(table.shape[1]):
             table[row, link] *= 1 - dense[np.uint64(table_ids[row, link])]
-    dense[ids] = 0
+    for id in ids:
+        dense[id] = 0
 
 
 @kernel
@@ -138,13 +118,14 @@ def follow(table_ids, table, ids, weights, dense, scale, chosen, weights_of):
         row, total = chosen[place], table.dtype.type(0)
         for link in range(table.shape[1]):
             total += table[row, link] * dense[np.uint64(table_ids[row, link])]
-        weights_of[place] = 0
+        clear(weights_of[place])
         if total > 0:
             for entry in range(len(ids)):
                 for link in range(table.shape[1]):
                     if table_ids[row, link] == ids[entry]:
                         weights_of[place, entry] += table[row, link]
-    dense[ids] = 0
+    for id in ids:
+        dense[id] = 0
 
 
 @kernel

@@ -18,8 +18,11 @@ import numpy as np
 from sparsemem.kernels.compiled import (
     add_scaled,
     array_at,
+    assign,
+    clear,
     content_weights,
     dot,
+    insert,
     inverse_norm,
     kernel,
     sigmoid,
@@ -58,7 +61,10 @@ def choose_fresh(kept, lap, lap_start, start, last_access, num_slots, chosen):
 @kernel
 def in_range(ids, stop):
     """Whether all ids are in 0 .. stop - 1."""
-    return ids.size == 0 or (ids.min() >= 0 and ids.max() < stop)
+    inside = True
+    for id in ids.flat:
+        inside = inside and 0 <= id < stop
+    return inside
 
 
 @kernel
@@ -70,7 +76,7 @@ def write(rows, norms, values, width, last_ids, last_weights, fresh, ids, weight
     heads, support = last_ids.shape
     stop = 0
     for slot in fresh:
-        rows[slot] = 0
+        clear(rows[slot])
     for head in range(heads):
         gates = values[head, 2 * width :]
         gate, interpolation = sigmoid(gates[1]), sigmoid(gates[2])
@@ -90,30 +96,28 @@ def write(rows, norms, values, width, last_ids, last_weights, fresh, ids, weight
 
 @kernel
 def rank(rows, norms, candidates, start, stop, query, scale, ids):
-    """The best of rows start .. stop - 1 and of candidates before them, by cosine.
+    """The best of rows start .. stop - 1, and of candidates before them, by cosine, best first.
 
-    As `top_k` of sparsemem.indexes.ranking has it: ties by lower position, and so candidates
-    have to be sorted. Negative ones count as none, and those from `start` on.
+    As `top_k` of sparsemem.indexes.ranking has it: ties by lower position. Candidates that are
+    negative or not before `start` count as none.
     """
-    k, scaled = len(ids), np.empty_like(query)
-    scaled[:] = query * query.dtype.type(inverse_norm(query))
-    cells, found = np.empty(k), 0
-    for entry in range(-len(candidates), stop - start):
-        position = candidates[entry] if entry < 0 else start + entry
-        if position < 0 or (entry < 0 and position >= start):
-            continue
-        cell = np.rint(scale * (dot(rows[position], scaled) * norms[position]))
-        if np.isnan(cell):
-            cell = np.inf
-        if found < k:
-            found += 1
-        elif cell <= cells[k - 1]:
-            continue
-        place = found - 1
-        while place > 0 and cells[place - 1] < cell:
-            cells[place], ids[place] = cells[place - 1], ids[place - 1]
-            place -= 1
-        cells[place], ids[place] = cell, position
+    k, found, cells = len(ids), 0, np.empty(len(ids))
+    scaled, norm = np.zeros_like(query), inverse_norm(query)
+    add_scaled(scaled, norm, query)
+    for position in candidates:
+        if 0 <= position < start:
+            cell = cell_of(scale * (dot(rows[position], scaled) * norms[position]))
+            found, _ = insert(cells, ids, found, cell, position)
+    for position in range(start, stop):
+        cell = cell_of(scale * (dot(rows[position], scaled) * norms[position]))
+        if found < k or cell > cells[k - 1]:  # it comes behind its equals
+            found, _ = insert(cells, ids, found, cell, position)
+
+
+@kernel
+def cell_of(score):
+    """The place on the grid of a score in units of the grid; not-a-number comes first."""
+    return np.inf if np.isnan(score) else np.rint(score)
 
 
 @kernel
@@ -128,14 +132,14 @@ def read(table, values, width, ids, links, last_weights, rows, weights, reads):
     first = entries // 3 if links.shape[2] else 0  # of those read by content
     for head in range(heads):
         for entry in range(entries):
-            rows[head, entry] = table[ids[head, entry]]
+            assign(rows[head, entry], table[ids[head, entry]])
         query, strength = values[head, :width], values[head, 2 * width]
         content_weights(
             query, strength, rows[head, first : first + k], weights[head, first : first + k]
         )
         if links.shape[2]:
             mix(links[head], last_weights[head], values[head, 2 * width + GATES :], weights[head])
-        reads[head] = 0
+        clear(reads[head])
         for entry in range(entries):
             add_scaled(reads[head], weights[head, entry], rows[head, entry])
 
@@ -152,18 +156,25 @@ def mix(links, last_weights, logits, weights):
 
 
 @kernel
+def total_at(ids, weights, id):
+    """Total weight of an id."""
+    total = weights.dtype.type(0)
+    for entry in range(len(ids)):
+        if ids[entry] == id:
+            total += weights[entry]
+    return total
+
+
+@kernel
 def mark(last_access, time, ids, weights, other_ids, other_weights):
     """Slots whose weights, written plus read, exceed delta for a head are accessed now."""
     for head in range(len(ids)):
-        all_ids = np.concatenate((ids[head], other_ids[head]))
-        all_weights = np.concatenate((weights[head], other_weights[head]))
-        for id in all_ids:
-            total = weights.dtype.type(0)
-            for entry in range(len(all_ids)):
-                if all_ids[entry] == id:
-                    total += all_weights[entry]
-            if total > ACCESS_THRESHOLD:
-                last_access[id] = max(last_access[id], time)
+        for entries in (ids[head], other_ids[head]):
+            for id in entries:
+                total = total_at(ids[head], weights[head], id)
+                total += total_at(other_ids[head], other_weights[head], id)
+                if total > ACCESS_THRESHOLD:
+                    last_access[id] = max(last_access[id], time)
 
 
 @kernel
@@ -214,7 +225,7 @@ def write_step(like, sizes, addresses):
 def search_step(like, sizes, addresses):
     """The rows to read by content: ids [B, H, K] among the touched rows and K untouched ones.
 
-    Of rows before `start` only candidates [B, H, C] are looked at, which are sorted in place.
+    Of rows before `start` only candidates [B, H, C] are looked at.
     """
     batch, heads, width, inputs, k, capacity, num_slots, grid_bits, start, proposed = sizes
     whole = np.empty(0, np.int64)
@@ -228,7 +239,6 @@ def search_step(like, sizes, addresses):
         stop = min(touched[b] + k, num_slots)
         for head in range(heads):
             query, before = values[b, head, :width], candidates[b, head]
-            before.sort()
             rank(rows[b], norms[b], before, start, stop, query, 2.0**grid_bits, ids[b, head])
 
 
