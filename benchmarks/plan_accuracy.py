@@ -80,8 +80,9 @@ class PlannedRun(NamedTuple):
                 trainer._train_batch(trainer.curriculum.maximum)
                 trainer.step += 1
 
-        measured = tensor_peak(train)
+        train()
         grown = process_bytes("VmHWM") - resident
+        measured = tensor_peak(train)
         figures = {
             "plan_seconds": plan_time,
             "predicted_bytes": float(planned.plan.memory.step),

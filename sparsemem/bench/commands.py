@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from sparsemem.bench import compare as comparing
 from sparsemem.bench.errors import BenchError
+from sparsemem.bench.peers import ENVIRONMENTS, GROUPS, PeerSettings, peers
 from sparsemem.bench.points import MODEL_ORDERS, BankSettings, ModelSettings
 from sparsemem.bench.results import Result, as_csv, as_json, check_folder, read_result, write_files
 from sparsemem.bench.scaling import (
@@ -23,12 +25,12 @@ from sparsemem.bench.scaling import (
     powers,
     scaling,
 )
-from sparsemem.bench.tables import scaling_markdown
+from sparsemem.bench.tables import peers_markdown, scaling_markdown
 from sparsemem.checks import nearest
 from sparsemem.console import user_errors
 
 BANKS = ("exact", "ivf", "hnsw", "product-key")
-SCALING = "scaling.json"
+SCALING, PEERS = "scaling.json", "peers.json"
 NONE = "none"
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -121,6 +123,69 @@ def _others(result: Result, table: str) -> dict[str, bytes]:
         typer.echo(f"no pictures: {error.name} is not installed (sparsemem[viz])", err=True)
         return files
     return files | scaling_pictures(result)
+
+
+@app.command("peers")
+def peers_command(
+    groups: Annotated[str, typer.Option(help="What is compared, with commas.")] = ",".join(GROUPS),
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PYTHON",
+            help="The Python that a peer is installed in, such as dnc=/path/to/bin/python"
+            " (names: dnc, product-key-memory); repeatable.  [default: this one]",
+        ),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Slots of the models.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps of the models.")] = 20,
+    subkeys: Annotated[int, typer.Option(help="Sub-keys; slots are their square.")] = 512,
+    rows: Annotated[int, typer.Option(help="Rows of the search.")] = 100_000,
+    budget: Budget = 5.0,
+    repetitions: Repetitions = 11,
+    threads: Threads = 1,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for JSON, CSV and table.")
+    ] = Path("bench-peers"),
+) -> None:
+    """The same work by other packages: dnc, product-key-memory, EmbeddingBag, plain FAISS.
+
+    Install a peer into an environment of its own (python -m venv, pip install dnc) and name its
+    Python. A peer that is missing or fails is listed with its error.
+    """
+    with _user_errors():
+        settings = _checked(
+            PeerSettings,
+            groups=_names("--groups", groups, GROUPS),
+            model=_checked(ModelSettings, steps=steps),
+            slots=slots,
+            subkeys=subkeys,
+            rows=rows,
+            budget_minutes=budget,
+            repetitions=repetitions,
+            threads=threads,
+        )
+        pythons = _pythons(python or [])
+        check_folder(output, PEERS, (PEERS, "peers.csv", "peers.md"))
+        with _listener() as listener:
+            result = peers(settings, pythons, listener)
+        shown = peers_markdown(result, GROUPS)
+        files = {PEERS: as_json(result), "peers.csv": as_csv(result), "peers.md": shown.encode()}
+        write_files(output, files)
+        typer.echo(shown)
+        typer.echo(f"written to {output}", err=True)
+
+
+def _pythons(settings: list[str]) -> dict[str, str]:
+    """Environments by name; BenchError where there is no such, or no such Python."""
+    known, found = set(ENVIRONMENTS.values()), {}
+    for setting in settings:
+        name, equals, path = setting.partition("=")
+        if not equals or name not in known:
+            raise BenchError(f"--python {setting}: expected NAME=PYTHON: {nearest(name, known)}")
+        if shutil.which(path) is None:
+            raise BenchError(f"--python {setting}: {path} cannot be run")
+        found[name] = path
+    return found
 
 
 @app.command("compare")

@@ -42,7 +42,7 @@ class Series(NamedTuple):
     in a repetition; those of a `flexible` series are cut down where they would not fit.
     """
 
-    kind: Literal["model", "bank"]
+    kind: Literal["model", "bank", "peer"]
     name: str
     sizes: tuple[int, ...]
     order: float
@@ -80,7 +80,7 @@ class Running:
 
     def measured(self) -> Measured:
         """What was found."""
-        model = self.series.kind == "model"
+        model = self.series.kind != "bank"
         return Measured(
             kind=self.series.kind,
             name=self.series.name,
@@ -172,7 +172,11 @@ class Schedule:
     def _begin(self, series: Series, size: int, units: int) -> str | None:
         """Start a point's process and measure once; why it failed, or None."""
         begun = self.budget.spent
-        running = Running(series, size, units, self._start(series.point(size, units)))
+        try:
+            worker = self._start(series.point(size, units))
+        except WorkerError as error:
+            return str(error)
+        running = Running(series, size, units, worker)
         try:
             running.begin(self.budget.left)
             running.repeat(self.budget.left)
@@ -187,7 +191,7 @@ class Schedule:
         self._running.append(running)
         self._say(
             f"{series.name} N={size}: {show_seconds(cost.unit)} a"
-            f" {'step' if series.kind == 'model' else 'batch'}, peak {show_bytes(running.peak)}"
+            f" {'batch' if series.kind == 'bank' else 'step'}, peak {show_bytes(running.peak)}"
         )
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sparsemem.bench.results import (
     Measured,
@@ -137,3 +137,25 @@ def _slopes(result: Result) -> list[str]:
         for f in result.fits
     ]
     return ["Exponents in N:", "", *table(["", "of", "slope", "over N"], rows)]
+
+
+def peers_markdown(result: Result, groups: Mapping[str, Sequence[str]]) -> str:
+    """What each takes, and how many times that of ours; why some were not measured."""
+    by_name = {p.name: p for p in result.points}
+    reasons = {s.name: s.reason for s in result.skipped}
+    lines = [f"Measured on {result.machine['cpu']}; medians of interleaved repetitions."]
+    columns = ["", "N", "a step", "times ours", "peak memory"]
+    for group in result.settings["groups"]:
+        ours = by_name.get(groups[group][0])
+        rows = []
+        for name in groups[group]:
+            point = by_name.get(name)
+            if point is None:
+                rows.append([name, "", f"not measured: {reasons.get(name, '')}", "", ""])
+                continue
+            seconds = step_seconds(point)
+            times = "" if ours is None else f"{seconds / step_seconds(ours):.3g}"
+            peak = show_bytes(point.figures["peak_rss_bytes"])
+            rows.append([name, show_size(point.size), show_seconds(seconds), times, peak])
+        lines += ["", *table(columns, rows)]
+    return "\n".join(lines) + "\n"
