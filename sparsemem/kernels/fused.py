@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsemem.indexes.ranking import GRID_BITS
 from sparsemem.kernels import Kernels, kernels_for
+from sparsemem.kernels.threads import in_parts
 from sparsemem.memory.entries import Entries
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sparsemem.memory.tape import Tape
 
 LAP_ENDED = -1  # as in steps.py
+LINK_PASSES = 8  # what a link of a row costs a step, in products of a dense vector
 
 
 class Step(NamedTuple):
@@ -114,9 +116,14 @@ def search_step(
     if store.absorb():
         queries = values.view(batch, heads, inputs)[:, :, :width]
         start, candidates = store.propose(queries, top_k)
-    sizes = (batch, heads, width, inputs, top_k, capacity, store.num_slots, bits, start)
-    places = addresses(store.rows, store.norms, store.touched, values, ids, candidates)
-    kernels.search_step(kernels.like, (*sizes, candidates.shape[2]), places)
+    shape = (batch, heads, width, inputs, top_k, capacity, store.num_slots, bits, start)
+    tensors = (store.rows, store.norms, store.touched, values, ids, candidates)
+    sizes, places = (*shape, candidates.shape[2]), addresses(*tensors)
+
+    def run(begin: int, end: int, _: Any = tensors) -> None:
+        kernels.search_step(kernels.like, (*sizes, begin, end), places)
+
+    in_parts(run, batch, batch * heads * (store.extent - start) * width)
     return ids
 
 
@@ -161,8 +168,13 @@ def links_step(
     size, bits = links.precedence.ids.shape[2], GRID_BITS[weights_of.dtype]
     sizes = (batch, heads, size, support + 1, support, k, capacity, bits)
     tables = (*links.follows, *links.precedes, *links.precedence)
-    places = addresses(store.touched, *tables, *write, *last, content, ids, weights_of)
-    kernels.links_step(kernels.like, sizes, places)
+    tensors = (store.touched, *tables, *write, *last, content, ids, weights_of)
+    places = addresses(*tensors)
+
+    def run(begin: int, end: int, _: Any = tensors) -> None:
+        kernels.links_step(kernels.like, (*sizes, begin, end), places)
+
+    in_parts(run, batch, batch * heads * store.extent * size * LINK_PASSES)
     return ids, weights_of
 
 

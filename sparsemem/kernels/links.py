@@ -131,9 +131,9 @@ def follow(table_ids, table, ids, weights, dense, scale, chosen, weights_of):
 @kernel
 def links_step(like, sizes, addresses):
     """Update the links, then follow them from the last reads: ids [B, H, 3K] to read, of which
-    the content's are given, and weights_of [B, H, 2, K, S].
+    the content's are given, and weights_of [B, H, 2, K, S]. For elements begin .. end - 1.
     """
-    batch, heads, size, written, support, k, capacity, grid_bits = sizes
+    batch, heads, size, written, support, k, capacity, grid_bits, begin, end = sizes
     whole, scale = np.empty(0, np.int64), 2.0**grid_bits
     tables, vectors = (batch, heads, capacity, size), (batch, heads, size)
     touched = array_at(addresses[0], whole, (batch,))
@@ -151,7 +151,7 @@ def links_step(like, sizes, addresses):
     ids = array_at(addresses[12], whole, (batch, heads, 3, k))
     weights_of = array_at(addresses[13], like, (batch, heads, 2, k, support))
     dense = np.zeros(capacity, like.dtype)
-    for b in range(batch):
+    for b in range(begin, end):
         count = max(touched[b], k)
         for h in range(heads):
             to_ids, to = follows_ids[b, h, :count], follows[b, h, :count]
@@ -167,4 +167,4 @@ def links_step(like, sizes, addresses):
             follow(to_ids, to, last_id, last, dense, scale, ids[b, h, 2], weights_of[b, h, 1])
 
 
-ENTRIES = {links_step: (8, 14)}  # sizes and addresses
+ENTRIES = {links_step: (10, 14)}  # sizes and addresses

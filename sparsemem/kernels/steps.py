@@ -225,9 +225,12 @@ def write_step(like, sizes, addresses):
 def search_step(like, sizes, addresses):
     """The rows to read by content: ids [B, H, K] among the touched rows and K untouched ones.
 
+    For elements begin .. end - 1.
     Of rows before `start` only candidates [B, H, C] are looked at.
     """
-    batch, heads, width, inputs, k, capacity, num_slots, grid_bits, start, proposed = sizes
+    batch, heads, width, inputs, k, capacity, num_slots, grid_bits, start, proposed, begin, end = (
+        sizes
+    )
     whole = np.empty(0, np.int64)
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
@@ -235,7 +238,7 @@ def search_step(like, sizes, addresses):
     values = array_at(addresses[3], like, (batch, heads, inputs))
     ids = array_at(addresses[4], whole, (batch, heads, k))
     candidates = array_at(addresses[5], whole, (batch, heads, proposed))
-    for b in range(batch):
+    for b in range(begin, end):
         stop = min(touched[b] + k, num_slots)
         for head in range(heads):
             query, before = values[b, head, :width], candidates[b, head]
@@ -271,4 +274,4 @@ def read_step(like, sizes, addresses):
     return extent
 
 
-ENTRIES = {write_step: (9, 16), search_step: (10, 6), read_step: (9, 12)}  # sizes and addresses
+ENTRIES = {write_step: (9, 16), search_step: (12, 6), read_step: (9, 12)}  # sizes and addresses

@@ -252,3 +252,17 @@ def test_least_recent_slots_asked_for_in_between_change_nothing(switch):
     expected, end = run()
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     assert torch.equal(state.episode.least_recent(9), end.episode.least_recent(9))
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_threads_change_nothing_bit_for_bit(model_class, switch, taken, monkeypatch):
+    monkeypatch.setattr("sparsemem.kernels.threads.WORK", 1)
+    model = model_class(3, 6, 2, num_slots=40, slot_dim=5, num_heads=2, top_k=3)
+    input = torch.randn(5, 12, 3, requires_grad=True)
+    output, state = model(input)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # torch itself goes on with one
+    threaded, end = model(input)
+    assert all(taken)
+    assert torch.equal(threaded, output)
+    ours, truth = everything(model, input, threaded, end), everything(model, input, output, state)
+    assert all(torch.equal(ours[name], value) for name, value in truth.items())
