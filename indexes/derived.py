@@ -106,7 +106,7 @@ class Derived:
 
         Rows are read without the lock: one that is changed meanwhile is marked afterwards.
         """
-        live = self.table.live[: self.table.extent].cpu().nonzero().squeeze(1)
+        live = self.table.live_ids().cpu()
         lists = num_lists(self.faiss)
         wanted = max(LEAST_TRAINING, 64 * lists)
         step = max(1, len(live) // wanted)

@@ -48,9 +48,14 @@ class RowTable:
         """Which of the rows are there."""
         return self.live.index_select(0, ids)
 
+    def live_ids(self) -> Int[Tensor, " n"]:
+        """Ids of all live rows, ascending; also while marks change."""
+        # `nonzero` counts, then fills in: it fails on marks that change between the two.
+        return self.live[: self.extent].clone().nonzero().squeeze(1)
+
     def block(self, start: int, stop: int) -> tuple[Int[Tensor, " n"], Float[Tensor, "n W"]]:
         """Ids, ascending, and rows of what is live in start..stop-1; not to be changed."""
-        live = self.live[start:stop]
+        live = self.live[start:stop].clone()  # readers without the lock: it may change meanwhile
         if live.all():  # spares the copy, which costs as much as a third of a scan
             ids = torch.arange(start, stop, device=live.device)
             return ids, self.rows[start:stop].to(self.dtype)

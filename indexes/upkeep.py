@@ -315,7 +315,7 @@ class Upkeep:
         self._settled_live = len(queries) > 0
         if not self._settled_live:
             target = CAUTIOUS
-            live = index.table.live[: index.table.extent].nonzero().squeeze(1)
+            live = index.table.live_ids()
             queries = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
         self._tuned_k = index.sample.k
         self._settle(derived, *self._tuned(derived, queries, self._truth(queries), target))
