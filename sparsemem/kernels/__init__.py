@@ -47,7 +47,7 @@ def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
 def load(dtype: torch.dtype, links: bool) -> Kernels | None:
     """Compile, or load what was compiled before; None with one warning where that fails."""
     try:
-        with compiling_said():
+        with compiling_said(dtype):
             return compile_for(dtype, links)
     except Exception as error:  # whatever Numba or LLVM stumbles over
         warnings.warn(
@@ -81,11 +81,12 @@ def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
 
 
 @contextmanager
-def compiling_said() -> Iterator[None]:
+def compiling_said(dtype: torch.dtype) -> Iterator[None]:
     """Say on stderr what is going on, where it takes long."""
 
     def say() -> None:
-        print("sparsemem: compiling the memory step, once on this machine", file=sys.stderr)
+        what = f"the memory step for {dtype}, once on this machine"
+        print(f"sparsemem: compiling {what}", file=sys.stderr, flush=True)
 
     timer = threading.Timer(SILENT_SECONDS, say)
     timer.daemon = True
