@@ -131,10 +131,13 @@ class BankPoint(NamedTuple):
     def make(self) -> Made:
         """Fill the bank, wait for its index, and tune it; figures: recall, memory, what it built.
 
-        peak_rss_bytes is beyond a process that has only imported the library.
+        peak_rss_bytes is beyond a process that has used a small bank.
         """
         from sparsemem import MemoryBank  # imports FAISS
 
+        small = MemoryBank(WARM_SLOTS, self.settings.width)
+        small.append(torch.randn(WARM_SLOTS, self.settings.width))
+        small.read(torch.randn(self.settings.queries, self.settings.width), TOP_K)
         resident, start = process_bytes("VmRSS"), time.perf_counter()
         reset_peak()
         bank, near = self._filled(MemoryBank)

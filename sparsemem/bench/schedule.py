@@ -15,7 +15,8 @@ RESIDENT = 1.3  # memory that a process takes for a byte of tensors at their pea
 PROCESS_BYTES = 300 * 2**20  # of a process that has imported everything
 FEWEST_REPETITIONS = 5  # that a budget must allow before a point is begun
 FEWEST_STEPS = 3
-PASS_SHARE = 0.01  # of the budget that one pass may take, where its steps can be cut down
+FIRST_STEPS = 10  # of a flexible series, of which nothing is known yet
+PASS_SHARE = 0.005  # of the budget that one pass may take, where its steps can be cut down
 
 
 @runtime_checkable
@@ -96,6 +97,7 @@ class Running:
 class Schedule:
     """Points of several series, from small to large, then all of them in turns.
 
+    Those whose cost does not grow come first, so that the others cannot use up the budget.
     Each point is in a process of its own, which waits while others are measured.
     """
 
@@ -120,10 +122,10 @@ class Schedule:
     def run(self) -> None:
         """Measure what fits; `measured` and `skipped` then say what was and what was not."""
         turns = sorted(
-            ((size, number) for number, s in enumerate(self.series) for size in s.sizes),
+            (s.order > 0, size, number) for number, s in enumerate(self.series) for size in s.sizes
         )
         try:
-            for size, number in turns:
+            for _, size, number in turns:
                 self._try(self.series[number], size)
                 self._advance()
             self._take_turns(self.repetitions)
@@ -146,8 +148,10 @@ class Schedule:
 
     def _units(self, series: Series, cost: Cost | None) -> int:
         """Steps of a pass: all, or as many as time and memory allow."""
-        if not series.flexible or cost is None:
+        if not series.flexible:
             return series.units
+        if cost is None:
+            return min(series.units, FIRST_STEPS)
         by_time = PASS_SHARE * self.budget.limit / max(cost.unit, 1e-9)
         by_memory = SPARE * self._memory() / (RESIDENT * max(cost.bytes, 1.0))
         return int(max(min(series.units, by_time, by_memory), FEWEST_STEPS))

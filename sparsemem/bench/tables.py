@@ -36,7 +36,7 @@ def scaling_markdown(result: Result) -> str:
         lines += ["", *_slopes(result)]
     if result.skipped:
         lines += ["", "Left out:", ""]
-        lines += [f"- {s.name}, N = {show_size(s.size)}: {s.reason}" for s in result.skipped]
+        lines += _left_out(result.skipped)
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +124,16 @@ def _banks(result: Result, points: list[Measured]) -> list[str]:
         "",
         *table(columns, rows),
     ]
+
+
+def _left_out(skipped: list[Skipped]) -> list[str]:
+    """A line for each series: the sizes, and why the first was."""
+    lines = []
+    for name in dict.fromkeys(s.name for s in skipped):
+        of = [s for s in skipped if s.name == name]
+        sizes = ", ".join(show_size(s.size) for s in of)
+        lines.append(f"- {TITLES.get(name, name)}, N = {sizes}: {of[0].reason}")
+    return lines
 
 
 def _slopes(result: Result) -> list[str]:

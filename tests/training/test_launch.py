@@ -115,6 +115,7 @@ def test_a_missing_best_checkpoint_is_named(tree, new_run):
 def test_evaluation_takes_the_best_checkpoint_unless_told(tree, new_run):
     tree["training"] |= {"steps": 60, "evaluate_every": 3, "keep_checkpoints": 1, "seed": 1}
     tree["training"]["optimizer"]["learning_rate"] = 0.1
+    tree["model"] = {"name": "lstm", "hidden_size": 12}  # the same to the last bit everywhere
     trainer, run = new_run("run", tree)
     train(trainer, run)
     assert trainer.best["step"] < 60, "the last checkpoint is not the best one"
