@@ -95,7 +95,7 @@ class PeerProcess:
 
     def __init__(self, point: PeerPoint) -> None:
         self.point = point
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by close
         try:
             self._process = subprocess.Popen(
                 [point.python, "-u", str(WORKER)],
@@ -149,15 +149,7 @@ class PeerProcess:
         return f"its process ended with code {code}" + (f": {lines[-1]}" if lines else "")
 
     def close(self) -> None:
-        """End it: its standard input ends."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE)
-        self.kill()
-
-    def kill(self) -> None:
-        """End it at once."""
+        """End it at once: it has nothing to lose."""
         self._process.kill()
         self._process.wait()
         self._errors.close()

@@ -32,9 +32,6 @@ class Measurer(Protocol):
     def close(self) -> None:
         """End it."""
 
-    def kill(self) -> None:
-        """End it at once."""
-
 
 class Series(NamedTuple):
     """The same work at growing sizes.
@@ -131,7 +128,7 @@ class Schedule:
             self._take_turns(self.repetitions)
         finally:
             for running in self._running:
-                running.worker.kill()
+                running.worker.close()
 
     def _try(self, series: Series, size: int) -> None:
         """Begin a point, unless it is predicted not to fit."""
@@ -185,7 +182,7 @@ class Schedule:
             running.begin(self.budget.left)
             running.repeat(self.budget.left)
         except WorkerError as error:
-            running.worker.kill()
+            running.worker.close()
             return str(error)
         start = running.figures.get("make_seconds", 0.0)
         took = self.budget.spent - begun - running.repetition
@@ -222,15 +219,12 @@ class Schedule:
                     running.repeat(self.budget.left)
                 except WorkerError as error:
                     self._say(f"{running.series.name} N={running.size}: {error}")
-                    self._finish(running, killed=True)
+                    self._finish(running)
             self._advance()
         for running in list(self._running):
             self._finish(running)
 
-    def _finish(self, running: Running, killed: bool = False) -> None:
+    def _finish(self, running: Running) -> None:
         self._running.remove(running)
         self.measured.append(running.measured())
-        if killed:
-            running.worker.kill()
-        else:
-            running.worker.close()
+        running.worker.close()

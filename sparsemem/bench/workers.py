@@ -13,7 +13,7 @@ import torch
 from sparsemem.bench.errors import BenchError
 from sparsemem.bench.measuring import seconds
 
-GRACE = 10.0  # seconds to end before a process is killed
+GRACE = 10.0  # seconds to wait for the exit code of a process that has ended
 
 
 class Made(NamedTuple):
@@ -72,15 +72,7 @@ class Worker:
         return value
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(GRACE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def kill(self) -> None:
-        """End the process at once, whatever it is doing."""
+        """End the process at once, whatever it is doing: it has nothing to lose."""
         self._pipe.close()
         self._process.kill()
         self._process.join()

@@ -80,7 +80,7 @@ def test_what_goes_wrong_in_another_environment_is_said(tmp_path, body, message)
     worker = process("dnc DNC", script(tmp_path, body))
     with pytest.raises(WorkerError, match=message):
         worker.made(1.0)
-    worker.kill()
+    worker.close()
 
 
 def test_a_python_that_cannot_be_run_is_said(tmp_path):

@@ -46,8 +46,6 @@ class Worker:
     def close(self):
         self.machine.open -= 1
 
-    kill = close
-
 
 def series(name, sizes, order, seconds, peak=lambda n: 1000.0, units=10, flexible=None):
     flexible = order > 0 if flexible is None else flexible

@@ -42,7 +42,7 @@ def test_a_worker_that_fails_says_why(point, message):
     worker = Worker(point)
     with pytest.raises(WorkerError, match=message):
         worker.made(60.0)
-    worker.kill()
+    worker.close()
 
 
 def test_a_worker_that_takes_too_long_is_given_up():
@@ -50,5 +50,5 @@ def test_a_worker_that_takes_too_long_is_given_up():
     start = time.perf_counter()
     with pytest.raises(WorkerError, match="took longer than the 0 s that were left"):
         worker.made(0.1)
-    worker.kill()
+    worker.close()
     assert time.perf_counter() - start < 30
