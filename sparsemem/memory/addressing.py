@@ -5,12 +5,16 @@ Sources: Graves et al. 2014, arXiv 1410.5401 (NTM); Graves et al. 2016, Nature 5
 doi:10.1038/nature20101 (DNC); Csordas & Schmidhuber 2019, arXiv 1904.10278 (options of the DNC).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsemem.indexes.metrics import COSINE_EPSILON, inverse_norm
+from sparsemem.memory.products import Links, Scores
 
 # Added to linked weights before they are sharpened, as the authors of the option do: reading a
 # slot without links gives the uniform distribution instead of 0 / 0.
@@ -23,11 +27,16 @@ def oneplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def cosine_similarity(
-    keys: Float[Tensor, "B H W"], rows: Float[Tensor, "B N W"]
+    keys: Float[Tensor, "B H W"],
+    rows: Float[Tensor, "B N W"],
+    inverse_norms: Float[Tensor, "B N"],
 ) -> Float[Tensor, "B H N"]:
-    """cos(k, M[i]) of every key with every row; 0 for an all-zero key or row."""
-    dots = (keys * inverse_norm(keys).unsqueeze(-1)) @ rows.mT
-    return dots * inverse_norm(rows).unsqueeze(-2)
+    """cos(k, M[i]) of every key with every row; 0 for an all-zero key or row.
+
+    `inverse_norms` are the rows' (`metrics.inverse_norm`), which the caller computes only once.
+    """
+    dots = Scores.apply(keys * inverse_norm(keys).unsqueeze(-1), rows)  # type: ignore[no-untyped-call]
+    return dots * inverse_norms.unsqueeze(-2)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def masked_cosine_similarity(
@@ -64,19 +73,74 @@ def circular_shift(
 
     S is odd; its entries weigh the offsets -(S // 2) .. S // 2 towards higher slots.
     """
-    reach = shifts.shape[-1] // 2
-    moved = [weights.roll(offset, -1) for offset in range(-reach, reach + 1)]
-    return (torch.stack(moved, -1) @ shifts.unsqueeze(-1)).squeeze(-1)
+    return CircularShift.apply(weights, shifts)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class CircularShift(torch.autograd.Function):
+    """`circular_shift`: no weights moved and kept for each offset."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, shifts: Tensor) -> Tensor:
+        """ws(i) = sum_j wg(i - j) s(j)."""
+        ctx.save_for_backward(weights, shifts)
+        return shifted_sum(weights, shifts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The shifts reversed for the weights; for a shift, the gradient's product with them."""
+        weights, shifts = ctx.saved_tensors
+        reach = shifts.shape[-1] // 2
+        products = [
+            torch.linalg.vecdot(gradient, weights.roll(offset, -1) if offset else weights)
+            for offset in range(-reach, reach + 1)
+        ]
+        return shifted_sum(gradient, shifts.flip(-1)), torch.stack(products, -1)
+
+
+def shifted_sum(
+    weights: Float[Tensor, "B H N"], shifts: Float[Tensor, "B H S"]
+) -> Float[Tensor, "B H N"]:
+    """`circular_shift`, without a gradient."""
+    reach, slots = shifts.shape[-1] // 2, weights.shape[-1]
+    total = weights * shifts[..., reach : reach + 1]
+    for offset, shift in zip(range(-reach, reach + 1), torch.split(shifts, 1, -1), strict=True):
+        if offset == 0:
+            continue
+        start = offset % slots  # where slot 0 goes
+        total[..., start:].addcmul_(weights[..., : slots - start], shift)
+        total[..., :start].addcmul_(weights[..., slots - start :], shift)
+    return total
 
 
 def sharpen(
     weights: Float[Tensor, "B H N"], exponents: Float[Tensor, "B H"]
 ) -> Float[Tensor, "B H N"]:
     """w(i)^gamma / sum_j w(j)^gamma, for gamma >= 1 (NTM Eq. 9)."""
-    # The result does not depend on the scale of w: a largest entry of 1 cannot underflow.
-    scaled = weights / weights.detach().amax(-1, keepdim=True)
-    powers = scaled ** exponents.unsqueeze(-1)
-    return powers / powers.sum(-1, keepdim=True)
+    return Sharpen.apply(weights, exponents)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class Sharpen(torch.autograd.Function):
+    """`sharpen` as the softmax of gamma log w, which cannot underflow and is finite at w = 0."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, exponents: Tensor) -> Tensor:
+        """w' = softmax(gamma log w)."""
+        sharp = torch.softmax(weights.log().mul_(exponents.unsqueeze(-1)), -1)
+        ctx.save_for_backward(weights, exponents, sharp)
+        return sharp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """With l = w' (g - sum w' g): gamma l / w of the weights, sum l log w of gamma."""
+        weights, exponents, sharp = ctx.saved_tensors
+        # Where w = 0, so is l: any positive number does in w's place.
+        weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        mean = torch.linalg.vecdot(gradient, sharp).unsqueeze(-1)
+        of_logits = (gradient - mean).mul_(sharp)
+        of_exponents = torch.linalg.vecdot(of_logits, weights.log())
+        return of_logits.mul_(exponents.unsqueeze(-1)).div_(weights), of_exponents
 
 
 def sharpen_links(
@@ -139,10 +203,7 @@ def links(
 
     L[i,j] is how much slot i was written right after slot j; `precedence` is p_{t-1}.
     """
-    to, since = write_weights.unsqueeze(-1), write_weights.unsqueeze(-2)
-    updated = (1 - to - since) * previous + to * precedence.unsqueeze(-2)
-    itself = torch.eye(updated.shape[-1], dtype=torch.bool, device=updated.device)
-    return updated.masked_fill(itself, 0)
+    return Links.apply(previous, precedence, write_weights)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def forward_weights(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from sparsemem.indexes.metrics import COSINE_EPSILON
+from sparsemem.indexes.metrics import COSINE_EPSILON, inverse_norm
 from sparsemem.memory import addressing
 
 B, H, N, W, S = 2, 3, 5, 4, 3
@@ -26,7 +26,7 @@ def distribution(*shape):
 
 CASES = {
     "oneplus": (normal, (B, H)),
-    "cosine_similarity": (normal, (B, H, W), normal, (B, N, W)),
+    "cosine_similarity": (normal, (B, H, W), normal, (B, N, W), positive, (B, N)),
     "masked_cosine_similarity": (normal, (B, H, W), positive, (B, H, W), normal, (B, N, W)),
     "content_weights": (normal, (B, H, N), normal, (B, H)),
     "interpolate": (distribution, (B, H, N), distribution, (B, H, N), positive, (B, H)),
@@ -87,7 +87,7 @@ def test_similarity_equals_loops(masked):
     if masked:
         actual = addressing.masked_cosine_similarity(keys, masks, rows)
     else:
-        actual = addressing.cosine_similarity(keys, rows)
+        actual = addressing.cosine_similarity(keys, rows, inverse_norm(rows))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
@@ -102,7 +102,7 @@ def test_empty_rows_have_similarity_zero_and_finite_gradients(dtype, masked):
         masks = torch.zeros(1, 2, W, dtype=dtype, requires_grad=True)
         similarity = addressing.masked_cosine_similarity(keys, masks, rows)
     else:
-        similarity = addressing.cosine_similarity(keys, rows)
+        similarity = addressing.cosine_similarity(keys, rows, inverse_norm(rows))
     assert torch.equal(similarity, torch.zeros(1, 2, N, dtype=dtype))
     similarity.sum().backward()
     assert keys.grad.isfinite().all()

@@ -4,17 +4,26 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from sparsemem.memory import addressing, products
 from sparsemem.memory.dense import DenseMemory
 
 B, H, N, W = 2, 3, 5, 4
+
+
+@pytest.fixture(params=[1, 2 * 4, 5 * 4, 2**18])
+def block(request, monkeypatch):
+    """Rows in blocks of one row, of two (the last is smaller), of one element, and all at once."""
+    monkeypatch.setattr(products, "BLOCK", request.param)
 
 
 def rand(*shape):
     return torch.rand(*shape, dtype=torch.float64, requires_grad=True)
 
 
+@pytest.mark.parametrize("heads", [1, H, 4, 9])  # those above 4 erase in groups
 @pytest.mark.parametrize("freeing", [False, True])
-def test_write_and_read_equal_loops(freeing):
+def test_write_and_read_equal_loops(freeing, heads, block):
+    H = heads
     rows, weights, erases, words = rand(B, N, W), rand(B, H, N), rand(B, H, W), rand(B, H, W)
     kept = rand(B, N) if freeing else None
     memory = DenseMemory(rows).write(weights, erases, words, kept)
@@ -44,13 +53,25 @@ def test_write_leaves_the_old_memory_alone():
     assert rows.tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
 
 
-def test_gradients():
+@pytest.mark.parametrize("heads", [1, H, 5])
+def test_gradients(heads, block):
     def step(rows, weights, erases, words, kept):
         memory = DenseMemory(rows).write(weights, erases, words, kept)
         return memory.rows, memory.read(weights), memory.similarity(words)
 
-    arguments = rand(B, N, W), rand(B, H, N), rand(B, H, W), rand(B, H, W), rand(B, N)
-    assert gradcheck(step, arguments)
+    words = [rand(B, heads, W) for _ in range(2)]
+    assert gradcheck(step, (rand(B, N, W), rand(B, heads, N), *words, rand(B, N)))
+
+
+def test_gradients_of_links(block):
+    assert gradcheck(addressing.links, (rand(B, N, N), rand(B, N), rand(B, N)))
+
+
+def test_inverse_norms_are_those_of_the_rows(block):
+    memory = DenseMemory(rand(B, N, W)).write(rand(B, H, N), rand(B, H, W), rand(B, H, W))
+    anew = DenseMemory(memory.rows)
+    keys = rand(B, H, W)
+    torch.testing.assert_close(memory.similarity(keys), anew.similarity(keys), rtol=0, atol=1e-14)
 
 
 def test_similarity_is_under_the_mask():
