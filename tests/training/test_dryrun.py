@@ -70,7 +70,7 @@ def test_the_meter_counts_what_is_alive_and_not_views_nor_what_was_there():
 @pytest.mark.parametrize("steps", [6, 40])
 def test_a_run_without_data_takes_what_a_real_one_does(name, steps):
     dry = step_bytes(model_of(name, "meta"), StepSizes(3, steps, steps))
-    assert sum(dry) == pytest.approx(measured(model_of(name), 3, steps), rel=0.05)
+    assert sum(dry) == pytest.approx(measured(model_of(name), 3, steps), rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["sam", "sdnc"])
