@@ -36,7 +36,7 @@ def cosine_similarity(
     `inverse_norms` are the rows' (`metrics.inverse_norm`), which the caller computes only once.
     """
     dots = Scores.apply(keys * inverse_norm(keys).unsqueeze(-1), rows)  # type: ignore[no-untyped-call]
-    return dots * inverse_norms.unsqueeze(-2)  # type: ignore[no-untyped-call, no-any-return]
+    return dots * inverse_norms.unsqueeze(-2)  # type: ignore[no-any-return]
 
 
 def masked_cosine_similarity(
