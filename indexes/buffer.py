@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import Found
-from sparsemem.indexes.exact import BLOCK_ROWS, best_rows
+from sparsemem.indexes.base import MISSING, Found
+from sparsemem.indexes.exact import BLOCK_ROWS, best_rows, upper_bounds
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -31,7 +31,9 @@ class Buffer:
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
-        self.count = self.waiting = self.changes = 0
+        self.count = self.waiting = 0
+        self.marked = 0  # rows so far, as often as they changed
+        self._changes = 0
         # By row, lazily zero: one more than its place; its latest change; whether it waits.
         self.place = np.zeros(table.num_rows, np.int32)
         self.marks = np.zeros(table.num_rows, np.int64)
@@ -57,8 +59,7 @@ class Buffer:
         return self.place[ids] > 0
 
     def mark(self, ids: Any) -> None:
-        """Rows [n] (numpy) have changed."""
-        ids = np.unique(ids)
+        """Rows [n] (numpy, distinct) have changed."""
         new = ids[self.place[ids] == 0]
         end = self.count + len(new)
         self._reserve(end)
@@ -67,8 +68,9 @@ class Buffer:
         self.count = end
         places = self._tensor(self.place[ids].astype(np.int64) - 1)
         self._rows.index_copy_(0, places, self.table.take(self._tensor(ids)))
-        self.changes += 1
-        self.marks[ids] = self.changes
+        self.marked += len(ids)
+        self._changes += 1
+        self.marks[ids] = self._changes
         idle = ids[~self.waits[ids]]
         self._queue.append(idle)
         self.waits[idle] = True
@@ -126,6 +128,23 @@ class Buffer:
                 yield ids[part], self._rows[part]
 
         return best_rows(self.table.take, metric, queries, k, blocks, ordered)
+
+    def above(
+        self, metric: Metric, queries: Float[Tensor, "Q W"], floor: Float[Tensor, " Q"], most: int
+    ) -> Int[Tensor, "Q C"] | None:
+        """Ids of all rows that may be worth `floor` or more, for each query, then -1.
+
+        None where these would be more than `most` a query on the average: then scan.
+        """
+        bounds = upper_bounds(metric, queries, self._rows[: self.count])
+        which, places = (bounds >= floor.unsqueeze(1)).nonzero(as_tuple=True)
+        if len(which) > most * len(queries):
+            return None
+        counts = which.bincount(minlength=len(queries))
+        column = torch.arange(len(which), device=which.device) - (counts.cumsum(0) - counts)[which]
+        ids = which.new_full((len(queries), int(counts.max())), MISSING)
+        ids[which, column] = self._tensor(self.ids)[places]
+        return ids
 
     def num_bytes(self) -> int:
         """Memory of the rows and of the marks that can have been touched, about."""

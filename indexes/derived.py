@@ -34,6 +34,7 @@ QUANTISED = 4  # times k candidates where the index scores something coarser tha
 START_EFFORT = 16
 BUILD_CHUNK = 16_384  # rows read at once
 LEAST_TRAINING = 10_000
+NOWHERE = -1
 MOST_STRAYS = 0.25  # of the live rows: a scan of more would be dearer than looking harder
 
 
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
 
     ids: Any  # [n]
     marks: Any  # [n]
+    lists: Any  # [n]: where their entries are; NOWHERE: not known, or there are none
 
 
 class Prepared(NamedTuple):
@@ -127,7 +129,7 @@ class Derived:
             self._quantisers[-1].nprobe = ASSIGNMENT_PROBES
 
     def mark(self, ids: Any) -> None:
-        """Rows [n] (numpy) have changed: they are searched exactly until they are absorbed."""
+        """Rows [n] (numpy, distinct) have changed: they are searched exactly until absorbed."""
         self.buffer.mark(ids[self._live(ids)])
 
     def forget(self, ids: Any) -> None:
@@ -141,7 +143,11 @@ class Derived:
     def begin(self, count: int) -> Batch:
         """Rows to absorb: under the table's write lock."""
         ids = self.buffer.waiting_longest(count)
-        return Batch(ids, self.buffer.marks[ids])
+        labels = self.label_of[ids] - 1
+        lists = np.full(len(ids), NOWHERE)
+        if self.in_place and self.lists is not None:
+            lists[labels >= 0] = self.lists.of(labels[labels >= 0])
+        return Batch(ids, self.buffer.marks[ids], lists)
 
     def prepare(self, batch: Batch) -> Prepared:
         """Read the rows and find their lists: needs no lock.
@@ -151,12 +157,15 @@ class Derived:
         vectors = self._vectors(from_numpy(batch.ids, self.table.live))
         if self.lists is None or not len(vectors):
             return Prepared(batch, vectors, None, np.zeros(len(vectors), np.bool_))
-        lists, squares = self.lists.nearest(vectors)
+        lists, squares = batch.lists.copy(), self.lists.squares(vectors, batch.lists)
+        moved = (lists == NOWHERE) | (squares > self.lists.usual)  # the others stay in their lists
+        if moved.any():
+            lists[moved], squares[moved] = self.lists.nearest(vectors[moved])
         return Prepared(batch, vectors, lists, squares > self.lists.reach)
 
     def finish(self, prepared: Prepared) -> None:
         """Enter what was not changed meanwhile and does not stray: under the write lock."""
-        (ids, marks), vectors, lists, far = prepared
+        (ids, marks, _), vectors, lists, far = prepared
         same = (marks == self.buffer.marks[ids]) & self.buffer.holds(ids)
         near = same
         if self.buffer.count <= MOST_STRAYS * self.table.num_live:

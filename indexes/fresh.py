@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,7 +19,8 @@ from sparsemem.indexes.recall import QuerySample
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.upkeep import Upkeep
 
-BUFFER_ROWS = 2_048
+BUFFER_ROWS = 512
+FEW = 4_096  # rows of the buffer of which it pays to look at those alone that are good enough
 EXACT_BELOW = 16_384  # live rows; below, a scan is as fast
 
 
@@ -73,7 +75,7 @@ class FreshIndex(Index):
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Search these rows exactly from now on, and absorb them some time."""
-        rows = ids.cpu().numpy()
+        rows = np.unique(ids.cpu().numpy())
         for derived in (self.current, self.next):
             if derived is not None:
                 derived.mark(rows)
@@ -126,7 +128,7 @@ class FreshIndex(Index):
         ids, unsure = derived.candidates(queries, k, setting)
         scores = self._scores(queries, ids)
         if derived.buffer.count:
-            beside = derived.buffer.scan(self.metric, queries, k)
+            beside = self._beside(derived, queries, ids, scores, k)
             ids, scores = torch.cat([ids, beside.ids], 1), torch.cat([scores, beside.scores], 1)
         found = best_of(scores, ids, k, self.metric)
         # Lists that were not probed may hold what is still missing.
@@ -136,6 +138,19 @@ class FreshIndex(Index):
             self.scans += 1
             found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
         return found
+
+    def _beside(
+        self, derived: Derived, queries: Tensor, ids: Tensor, scores: Tensor, k: int
+    ) -> Found:
+        """Rows of the buffer, and all of them that are among the k best of these and the others."""
+        buffer = derived.buffer
+        if buffer.count <= FEW and ids.shape[1] >= k:
+            worth = (scores * self.metric.sign).masked_fill(ids < 0, -torch.inf)
+            floor = worth.topk(k, 1).values[:, -1]
+            better = buffer.above(self.metric, queries, floor, k)
+            if better is not None:
+                return Found(self._scores(queries, better), better)
+        return buffer.scan(self.metric, queries, k)
 
     def deeper(self, derived: Derived, queries: Tensor, found: Found, setting: Setting) -> Found:
         """The best of what was found and of what the index proposes at another setting."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsemem.indexes.kinds import faiss_module
+from sparsemem.indexes.kinds import faiss_module, thorough_assignment
 
+OFFSET_BITS = 32  # FAISS's direct map: the list of a label in the upper bits, its place below
 MEASURED = 16_384  # training rows whose distances are taken
 # A row strays when its squared distance is beyond the training rows' upper quartile by four times
 # what lies between median and quartile, as it is for 2 in 1,000 of normal rows. Not a higher
@@ -19,10 +20,12 @@ class Lists:
     """The lists of a trained `IndexIVF`, by their centroids."""
 
     def __init__(self, index: Any, centroids: Any, training: Any) -> None:
-        self._index = index
-        self._squares = np.einsum("lw,lw->l", centroids, centroids)
+        self._index, self._thorough = index, thorough_assignment(index)
+        self._centroids, self._squares = centroids, np.einsum("lw,lw->l", centroids, centroids)
         some = training[:: max(1, len(training) // MEASURED)]
+        self.reach = np.inf
         middle, upper = np.quantile(self.nearest(some)[1], QUARTILES)
+        self.usual = float(upper)  # squared distance that three quarters of the rows keep within
         self.reach = float(max(upper + SPANS * (upper - middle), LEAST * upper))
 
     @staticmethod
@@ -36,8 +39,29 @@ class Lists:
             return None
 
     def nearest(self, vectors: Any) -> tuple[Any, Any]:
-        """The list that each vector [n, W] belongs to, and its squared distance."""
-        scores, lists = self._index.quantizer.search(vectors, 1)
+        """The list that each vector [n, W] belongs to, and its squared distance.
+
+        Where that is unusually far, the search for the nearest centroid may have missed it: it
+        is done again, more thoroughly.
+        """
+        lists, squares = self._searched(vectors, None)
+        far = squares > self.reach
+        if far.any() and self._thorough is not None:
+            lists[far], squares[far] = self._searched(vectors[far], self._thorough)
+        return lists, squares
+
+    def squares(self, vectors: Any, lists: Any) -> Any:
+        """Squared distances of vectors [n, W] from the centroids of given lists [n]."""
+        away = vectors - self._centroids[lists]
+        return np.einsum("nw,nw->n", away, away)
+
+    def of(self, labels: Any) -> Any:
+        """The lists [n] that labels [n] are in; of an index with a direct map."""
+        places = self._index.direct_map.array
+        return faiss_module().rev_swig_ptr(places.data(), places.size())[labels] >> OFFSET_BITS
+
+    def _searched(self, vectors: Any, parameters: Any) -> tuple[Any, Any]:
+        scores, lists = self._index.quantizer.search(vectors, 1, params=parameters)
         scores, lists = scores[:, 0], lists[:, 0].clip(min=0)  # -1, infinitely far: none was found
         if self._index.metric_type == faiss_module().METRIC_L2:
             return lists, scores

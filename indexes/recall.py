@@ -17,7 +17,7 @@ SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
 USUAL_K = 8  # what is tuned for before there are queries
 OF_A_BATCH = 4  # queries that are kept of each
 MOST_OVERSAMPLING = 64
-WATCHED = 24  # queries whose agreement is averaged
+WATCHED = 6  # times that some queries' agreement is averaged
 PLATEAU = 0.002  # a rise of recall that is not worth looking harder
 
 
@@ -75,8 +75,8 @@ def recall(found: Found, truth: Found, metric: Metric) -> float:
 class Watch:
     """Notices within some hundred queries that a search no longer looks hard enough.
 
-    Single live queries are searched again, harder; what both agree on counts as found. That
-    costs next to nothing, where the truth would cost a scan of all rows.
+    A few live queries are searched again, harder; what both agree on counts as found. That costs
+    next to nothing, where the truth would cost a scan of all rows.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Watch:
         self.alarms = 0
 
     def add(self, agreement: float, alarm: float) -> float | None:
-        """Count one query; the mean agreement if it is under the alarm, and then start again."""
+        """Count some queries; the mean agreement if it is under the alarm, and then start again."""
         with self._lock:
             self._latest.append(agreement)
             mean = sum(self._latest) / len(self._latest)

@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from sparsemem.indexes.fresh import FreshIndex
 
 ABSORBED_AT_ONCE = 512  # rows
+LENIENT = 8  # times the buffer may be full before writers lend the background a hand
 MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
 CHECK_QUERIES = 8_192  # after so many, and
 CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
-WATCH_DRIFT, WATCH_EVERY = 2, 16  # searches, while rows change and while they do not
-HARDER = 16  # times the effort that the watch compares with
+WATCH_EVERY = 2_048  # queries; while rows drift, when so many are buffered and so many searched:
+WATCH_ROWS, WATCH_QUERIES = 512, 64
+WATCHED_AT_ONCE = 4  # of these
+HARDER = 8  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
 # Before what failed is tried again: seconds in the background; else, so that the same calls do
 # the same every time, rows changed and queries searched.
@@ -60,7 +63,8 @@ class Upkeep:
         self._checked_queries = 0
         self._tuned_k = 0  # the greatest k that it was tuned for
         self._settled_live = True  # False: tuned on rows, before there were queries
-        self._watch, self._searches, self._watched_at = Watch(), 0, 0
+        self._watch, self._watches, self._watched_at = Watch(), 0, 0
+        self._unwatched = 0  # queries since
         self._rest_until = 0.0
         self._failed_at, self._failed_after = -PATIENCE, -PATIENT_CALLS
         self._building = threading.Lock()
@@ -79,7 +83,7 @@ class Upkeep:
         self._changed += count
         index, current = self.index, self.index.current
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
-        limit = index.buffer_rows * (1 if self._worker is None else 2)
+        limit = index.buffer_rows * (1 if self._worker is None else LENIENT)
         if current is not None and current.buffer.waiting > limit:
             self._guarded("absorb", lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
         if self._worker is None:
@@ -101,6 +105,8 @@ class Upkeep:
     def maintain(self) -> None:
         """Do what is due: called by the background thread."""
         self._guarded("absorb", self._absorb)
+        if self._absorb_due() and self._worker is not None:
+            self._worker.wake()  # more has come meanwhile; but first what else is due
         if self._build_now():
             assert self._worker is not None
             self._builder = self._worker.start(self._build_aside)
@@ -149,9 +155,9 @@ class Upkeep:
             self._shorten(current)
 
     def _shorten(self, derived: Derived) -> None:
-        """Absorb until half as many rows wait as may; the lock is taken for moments only."""
+        """Absorb as many rows as wait now; the lock is taken for moments only."""
         lock = self.index.table.lock
-        while derived.buffer.waiting > self.index.buffer_rows // 2:
+        for _ in range(0, derived.buffer.waiting, ABSORBED_AT_ONCE):
             with lock.write():
                 batch = derived.begin(ABSORBED_AT_ONCE)
             prepared = derived.prepare(batch)
@@ -161,20 +167,23 @@ class Upkeep:
     # Measuring and tuning
 
     def _watch_agreement(self, derived: Derived, queries: Tensor, found: Found) -> None:
-        """Have the index search one query harder now and then, more often while rows drift."""
-        self._searches += 1
-        drifting = derived.buffer.changes != self._watched_at
-        every = WATCH_DRIFT if drifting else WATCH_EVERY
-        if self.index.min_recall is None or self._searches % every:
+        """Have the index search some queries harder now and then, more often while rows drift."""
+        self._unwatched += len(queries)
+        drifting = derived.buffer.marked - self._watched_at >= WATCH_ROWS
+        every = WATCH_QUERIES if drifting else WATCH_EVERY
+        if self.index.min_recall is None or self._unwatched < every:
             return
-        self._watched_at = derived.buffer.changes
+        self._unwatched, self._watched_at = 0, derived.buffer.marked
         setting, limit = derived.setting, derived.knob.limit
         if setting.effort >= limit:
             return
-        place = self._searches // every % len(queries)
-        one, known = queries[place : place + 1], Found(*(part[place : place + 1] for part in found))
+        self._watches += 1
+        step = max(1, len(queries) // WATCHED_AT_ONCE)
+        some = slice(self._watches % step, None, step)
+        known = Found(found.scores[some], found.ids[some])
         much = setting._replace(effort=min(HARDER * setting.effort, limit))
-        agreement = recall(known, self.index.deeper(derived, one, known, much), self.index.metric)
+        truth = self.index.deeper(derived, queries[some], known, much)
+        agreement = recall(known, truth, self.index.metric)
         mean = self._watch.add(agreement, self._floor(ALARM))
         if mean is not None:
             derived.setting = harder(setting, limit, 1 if mean >= self._floor(0.0) else 2)

@@ -42,7 +42,7 @@ def test_against_a_dictionary(steps):
     for number, (what, arguments) in enumerate(steps):
         if what == "mark":
             tested.table.rows[arguments] = float(number)
-            tested.mark(np.array(arguments, np.int64))
+            tested.mark(np.array(sorted(set(arguments)), np.int64))
             for i in sorted(set(arguments)):
                 held[i] = held.pop(i) if held.get(i) else True
                 rows[i] = float(number)

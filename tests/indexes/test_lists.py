@@ -57,6 +57,33 @@ def test_rows_like_those_of_the_training_are_within_reach(width_of_noise):
     assert (lists.nearest(between)[1] > lists.reach).mean() > 0.7
 
 
+def test_the_lists_of_labels_and_the_distances_from_them():
+    rows = normal(500)
+    index, centroids = trained("IVF16,Flat", Metric.l2, rows)
+    index.set_direct_map_type(faiss.DirectMap.Array)
+    index.add(rows)
+    lists = Lists(index, centroids, rows)
+    labels = np.array([499, 0, 7, 7])
+    nearest, squares = lists.nearest(rows[labels])
+    assert lists.of(labels).tolist() == nearest.tolist()
+    np.testing.assert_allclose(lists.squares(rows[labels], nearest), squares, rtol=1e-4)
+    assert 0.7 < (lists.nearest(rows)[1] <= lists.usual).mean() < 0.8
+
+
+def test_what_seems_far_is_looked_up_again_more_thoroughly():
+    rows = normal(6000)
+    index, centroids = trained("IVF1024,Flat", Metric.l2, rows)
+    kept = quicken(index)
+    lists = Lists(index, centroids, rows)
+    kept[-1].nprobe = 1
+    hasty = index.quantizer.search(rows, 1)[0][:, 0]
+    squares = lists.nearest(rows)[1]
+    far = hasty > lists.reach
+    assert far.sum() > 20
+    assert (squares[far] > lists.reach).sum() < far.sum() / 3
+    assert (squares[~far] == hasty[~far]).all()
+
+
 @pytest.mark.parametrize("name", ["IVF16,SQ8", "HNSW16", "PCA4,IVF16,Flat", "LSH"])
 def test_kinds_with_and_without_lists_of_their_own(name):
     assert (trained(name, Metric.l2, normal(500))[1] is None) == (name != "IVF16,SQ8")

@@ -129,8 +129,8 @@ def test_the_watch_looks_harder_between_checks():
     tuned = index.stats()["effort"]
     index.current.setting = index.current.setting._replace(effort=1)
     for number in range(60):
-        index.current.buffer.changes += 1  # as if rows drifted
-        index.search(queries[number : number + 8], K)
+        index.current.buffer.marked += 512  # as if rows drifted
+        index.search(queries[number : number + 64], K)
     assert tuned / 2 <= index.stats()["effort"] <= 16
     assert index.stats()["recall"] > 0.97  # no check was due in between
     assert agreement(index, queries) >= 0.95
@@ -169,7 +169,7 @@ def test_a_greater_k_is_tuned_for():
 def test_no_queries_are_no_reason_to_look_harder():
     index = make(min_recall=0.95)
     for _ in range(40):
-        index.current.buffer.changes += 1
+        index.current.buffer.marked += 512
         found = index.search(torch.zeros(0, W), K)
     assert found.ids.shape == (0, K)
 
