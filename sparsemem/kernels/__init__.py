@@ -25,14 +25,16 @@ SILENT_SECONDS = 1.0  # loading from the cache takes less
 
 
 class Kernels(NamedTuple):
-    """Compiled functions for one dtype; `like` is an empty array of it."""
+    """Compiled functions for one dtype; `like` is an empty array of it. None: not asked for."""
 
     like: Any
     write_step: Any
     search_step: Any
     read_step: Any
     backward_step: Any
-    links_step: Any  # None where it was not asked for
+    links_step: Any  # with links
+    unroll: Any  # without links
+    unroll_backward: Any
 
 
 def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
@@ -68,16 +70,20 @@ def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
 
     like = np.empty(0, str(dtype).removeprefix("torch."))
     array = types.Array(from_dtype(like.dtype), 1, "C")
-    entries, links_step = {**steps.ENTRIES, **gradients.ENTRIES}, None
+    step = (steps.write_step, steps.search_step, steps.read_step, gradients.backward_step)
     if links:
         from sparsemem.kernels.links import ENTRIES, links_step
 
-        entries.update(ENTRIES)
+        rest = (links_step, None, None)
+    else:
+        from sparsemem.kernels.unroll import ENTRIES, unroll, unroll_backward
+
+        rest = (None, unroll, unroll_backward)
+    entries = {**steps.ENTRIES, **gradients.ENTRIES, **ENTRIES}
     for function, lengths in entries.items():
         tuples = (types.UniTuple(types.int64, n) for n in lengths)  # type: ignore[no-untyped-call]
         function.compile((array, *tuples))
-    step = (steps.write_step, steps.search_step, steps.read_step, gradients.backward_step)
-    return Kernels(like, *step, links_step)
+    return Kernels(like, *step, *rest)
 
 
 @contextmanager

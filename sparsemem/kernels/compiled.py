@@ -31,13 +31,19 @@ OPTIONS: dict[str, Any] = {
 LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], **options: Any) -> Any:
     """Decorator of compiled functions; each is compiled for the types that it is called with."""
     function = inspect.unwrap(function)  # without a type checker's wrapper
+    options = {**OPTIONS, **options}
     try:
-        return numba.njit(function, cache=True, **OPTIONS)
+        return numba.njit(function, cache=True, **options)
     except (RuntimeError, NumbaError):  # there is no folder that a cache could be written to
-        return numba.njit(function, **OPTIONS)
+        return numba.njit(function, **options)
+
+
+def strict_kernel(function: Callable[..., Any]) -> Any:
+    """Decorator of compiled functions whose sums are added up and rounded as they stand."""
+    return kernel(function, fastmath=False)
 
 
 @intrinsic

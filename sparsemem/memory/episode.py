@@ -12,6 +12,13 @@ from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.metrics import Metric
 from sparsemem.kernels.fused import FusedStep, take_step
+from sparsemem.kernels.sequence import (
+    MAX_STEPS,
+    Layers,
+    UnrolledSteps,
+    sequence_kernels,
+    take_sequence,
+)
 from sparsemem.memory.candidates import max_slots
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.links import TemporalLinks
@@ -27,6 +34,16 @@ class MemoryStep(NamedTuple):
     reads: Float[Tensor, "B HW"]
     read: Entries  # [B, H, S]
     write: Entries  # [B, H, U]
+    episode: Episode
+
+
+class MemorySequence(NamedTuple):
+    """What several steps of a network with this memory give."""
+
+    features: Float[Tensor, "n B F"]  # hidden state and reads
+    cell: Float[Tensor, "B D"]
+    read: Entries  # [B, H, K], of the last step
+    write: Entries  # [B, H, U], of the last step
     episode: Episode
 
 
@@ -232,6 +249,41 @@ class Episode:
         arguments = (self._opened(), values, last.weights, step, self._tape)
         reads, weights, token = FusedStep.apply(*arguments)  # type: ignore[no-untyped-call]
         return MemoryStep(reads, Entries(step.read.ids, weights), step.write, self._next(token))
+
+    def steps_at_once(self, last: Entries, k: int) -> int:
+        """How many steps `fused_sequence` can be asked for now; 0: none."""
+        return MAX_STEPS if sequence_kernels(self._store, last, k) else 0
+
+    def fused_sequence(
+        self,
+        gates: Float[Tensor, "T B G"],
+        carried: Float[Tensor, "B F"],
+        cell: Float[Tensor, "B D"],
+        last: Entries,
+        layers: Layers,
+    ) -> MemorySequence | None:
+        """As many of T steps of SAM and its LSTM as can be, at least one, by compiled kernels.
+
+        None, with nothing done, where `fused_step` has to tell why. To be called if
+        `steps_at_once` allows it.
+
+        Args:
+            gates: what the LSTM's gates get from the input, biases among it; is overwritten.
+            carried: hidden state and reads of the step before.
+            cell: the LSTM's cell state.
+            last: reads [B, H, K] of the step before.
+            layers: weights of the LSTM and of the interface.
+        """
+        self._check_current()
+        sequence = take_sequence(self._store, gates, carried, cell, last, layers)
+        if sequence is None:
+            return None
+        state = (gates[: sequence.sizes.steps], carried, cell, last.weights, *layers)
+        arguments = (self._opened(), *state, sequence, self._tape)
+        carried, cell, weights, token = UnrolledSteps.apply(*arguments)  # type: ignore[no-untyped-call]
+        read = Entries(sequence.ids[-1].clone(), weights)
+        write = Entries(sequence.write_ids[-1].clone(), sequence.write_weights)
+        return MemorySequence(carried[1:], cell, read, write, self._next(token))
 
     def mark_accessed(self, accesses: Entries) -> None:
         """End a step: positions whose weights [B, H, S] exceed delta for a head are accessed."""

@@ -78,6 +78,15 @@ class Cell(nn.Module):
         """One step: (features, next state)."""
         raise NotImplementedError
 
+    def sequence(
+        self, input: Float[Tensor, "B T X"], state: Any
+    ) -> tuple[Float[Tensor, "B n F"], Any] | None:
+        """Several steps at once, as many as can be: (features, next state), as step by step.
+
+        None, with nothing done, where the next step has to be taken by itself.
+        """
+        return None
+
 
 class MemoryModel(nn.Module):
     """A cell looped over time, and one output layer over its features."""
@@ -106,11 +115,16 @@ class MemoryModel(nn.Module):
             state = self.initial_state(input.shape[0])
         else:
             self.cell.check_state(state, input.shape[0])
-        features = []
-        for step in input.unbind(1):
-            feature, state = self.cell(step, state)
-            features.append(feature)
-        return self.output(torch.stack(features, 1)), state
+        features, at, steps = [], 0, input.unbind(1)
+        while at < len(steps):
+            taken = self.cell.sequence(input[:, at:], state) if at + 1 < len(steps) else None
+            if taken is None:
+                feature, state = self.cell(steps[at], state)
+                taken = feature.unsqueeze(1), state
+            part, state = taken
+            features.append(part)
+            at += part.shape[1]
+        return self.output(torch.cat(features, 1)), state
 
     def _check_input(self, input: Tensor) -> None:
         if input.ndim != 3 or input.shape[2] != self.input_size or 0 in input.shape:

@@ -42,6 +42,29 @@ class LSTMController(nn.Module):
         return hidden, (hidden, memory)
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module is what its class does, and nothing else."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(module) is kind
+        and not any(getattr(module, name) for name in hooks)
+        and "forward" not in vars(module)
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether every module calls something beside its own forward."""
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def plain_lstm(controller: nn.Module) -> nn.LSTMCell | None:
+    """The LSTM cell that a controller consists of, where a kernel may stand in for it."""
+    if not isinstance(controller, LSTMController) or not is_plain(controller, LSTMController):
+        return None
+    cell = controller.cell
+    return cell if is_plain(cell, nn.LSTMCell) and cell.bias else None
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply `function` to every tensor of a nested tuple, keeping its structure."""
     if tree is None:

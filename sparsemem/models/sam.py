@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.indexes.metrics import cosine
+from sparsemem.kernels.sequence import Layers
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode, MemoryStep, check_bank
@@ -21,10 +23,13 @@ from sparsemem.models.controller import (
     ControllerFactory,
     ControllerState,
     LSTMController,
+    has_global_hooks,
+    is_plain,
     map_tensors,
     mover,
+    plain_lstm,
 )
-from sparsemem.models.precision import outside_autocast
+from sparsemem.models.precision import is_autocast, outside_autocast
 
 NUM_SLOTS, SLOT_DIM = 1_048_576, 32  # unless given, or those of a bank
 NUM_HEADS, TOP_K = 4, 4
@@ -214,6 +219,55 @@ class SAMCell(Cell):
         hidden, controller = self.controller(torch.cat([input, state.reads], 1), state.controller)
         step, values = partial(self._step, state), self.interface(hidden)
         return outside_autocast(step, state.reads, hidden, values, controller)  # type: ignore[no-any-return]
+
+    def sequence(
+        self, input: Float[Tensor, "B T X"], state: Any
+    ) -> tuple[Float[Tensor, "B n F"], Any] | None:
+        """Several steps by kernels that hold the controller too, where that is this LSTM's."""
+        lstm = plain_lstm(self.controller)
+        if lstm is None or not self._is_plain(input, state):
+            return None
+        steps = state.episode.steps_at_once(state.read, self.top_k)
+        if not steps:
+            return None
+        of_input, of_reads = lstm.weight_ih.tensor_split([self.input_size], 1)
+        biases, input = lstm.bias_ih + lstm.bias_hh, input[:, :steps].transpose(0, 1)
+        gates = linear(input, of_input, biases).contiguous()
+        recurrent = torch.cat([lstm.weight_hh, of_reads], 1)
+        layers = Layers(recurrent, self.interface.weight, self.interface.bias)
+        hidden, cell = state.controller
+        carried = torch.cat([hidden, state.reads], 1)
+        taken = state.episode.fused_sequence(gates, carried, cell, state.read, layers)
+        if taken is None:
+            return None
+        last = taken.features[-1]
+        hidden, reads = last[:, : self.hidden_size].clone(), last[:, self.hidden_size :].clone()
+        features = taken.features.transpose(0, 1)
+        if self.bypass.p:
+            features = self._bypassed(features)
+        episode = (reads, taken.read, taken.write, taken.episode)
+        return features, SAMState((hidden, taken.cell), *episode)
+
+    def _is_plain(self, input: Tensor, state: Any) -> bool:
+        """Whether a step is what this class and its layers do, and nothing else."""
+        if state.controller is None or has_global_hooks() or is_autocast(input):
+            return False
+        layers = (*self.controller.parameters(), *self.interface.parameters())
+        tensors, shape = (input, *state.controller, *layers), (len(input), self.hidden_size)
+        return (
+            is_plain(self, SAMCell)
+            and is_plain(self.interface, nn.Linear)
+            and self.interface.bias is not None
+            and all(part.shape == shape for part in state.controller)
+            and all(type(part) in (Tensor, nn.Parameter) for part in tensors)
+            and {(part.dtype, part.device) for part in tensors}
+            == {(state.reads.dtype, state.reads.device)}
+        )
+
+    def _bypassed(self, features: Float[Tensor, "B n F"]) -> Tensor:
+        # A draw for each step, as step by step.
+        hidden, reads = features.tensor_split([self.hidden_size], 2)
+        return torch.cat([torch.stack([self.bypass(h) for h in hidden.unbind(1)], 1), reads], 2)
 
     def _step(
         self, state: Any, hidden: Tensor, values: Tensor, controller: ControllerState

@@ -1,0 +1,277 @@
+"""Many steps of SAM with its LSTM by compiled kernels, as one operation of the tape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsemem.indexes.ranking import GRID_BITS
+from sparsemem.kernels import Kernels, kernels_for
+from sparsemem.kernels.fused import addresses, can_step
+from sparsemem.kernels.threads import in_parts
+from sparsemem.memory.entries import Entries
+
+if TYPE_CHECKING:
+    from sparsemem.memory.store import EpisodeStore
+    from sparsemem.memory.tape import Tape
+
+EVERYTHING = 2**62  # rows; more than there can be
+MAX_STEPS = 128  # at once: bounds what is kept of steps that need no gradient
+EVERYTHING = 2**62  # rows; more than there can be
+
+
+class Layers(NamedTuple):
+    """Weights that every step uses."""
+
+    recurrent: Tensor  # [4 D, F], of the LSTM's gates: for its hidden state and the last reads
+    interface: Tensor  # [H * I, D]
+    bias: Tensor  # [H * I], the interface's
+
+
+class Sizes(NamedTuple):
+    """Of a sequence."""
+
+    steps: int
+    batch: int
+    heads: int
+    width: int
+    inputs: int  # I
+    top_k: int
+    hidden: int  # D
+
+    @property
+    def growth(self) -> int:
+        """Rows that a step may touch that none has touched before."""
+        return self.heads + self.top_k
+
+    @property
+    def work(self) -> int:
+        """Products of a step of the batch, about."""
+        features = self.hidden + self.heads * self.width
+        return self.batch * self.hidden * (4 * features + self.heads * self.inputs)
+
+
+class Sequence(NamedTuple):
+    """What T steps did to B elements: `take_sequence`. Row 0 of T + 1 is what was before them."""
+
+    kernels: Kernels
+    sizes: Sizes
+    gates: Tensor  # [T, B, 4 D]
+    cells: Tensor  # [T + 1, B, D]
+    carried: Tensor  # [T + 1, B, F]
+    values: Tensor  # [T, B, H * I]
+    write_ids: Tensor  # [T, B, H, K + 1]
+    write_weights: Tensor  # of the last step, [B, H, K + 1]
+    ids: Tensor  # [T + 1, B, H, K]
+    weights: Tensor  # [T + 1, B, H, K]
+    rows: Tensor  # that were read, [T, B, H, K, W]
+
+    @property
+    def records(self) -> tuple[Tensor, ...]:
+        """All tensors, in their order."""
+        return self[2:]
+
+    def cut(self, steps: int) -> Sequence:
+        """The first steps."""
+        parts = {}
+        for name in ("gates", "cells", "carried", "values", "write_ids", "ids", "weights", "rows"):
+            record = getattr(self, name)
+            parts[name] = record[: steps + len(record) - self.sizes.steps].clone()
+        return self._replace(sizes=self.sizes._replace(steps=steps), **parts)
+
+
+def sequence_kernels(store: EpisodeStore, last: Entries, top_k: int) -> Kernels | None:
+    """The kernels, if the next step at least can be taken by `take_sequence`."""
+    heads = last.ids.shape[1]
+    if (
+        last.ids.shape[2] != top_k  # the first step, which has no last reads
+        or store.order.kept.shape[1] != heads
+        or store.extent + heads + top_k > scanned_rows(store)
+        or not can_step(store, last.weights, last)
+    ):
+        return None
+    return kernels_for(store.rows.dtype, links=False)
+
+
+def scanned_rows(store: EpisodeStore) -> int:
+    """Up to how many touched rows every search is a scan."""
+    return EVERYTHING if store.sealed is None else store.sealed.minimum - 1
+
+
+@torch.no_grad()
+def take_sequence(
+    store: EpisodeStore,
+    gates: Tensor,
+    carried: Tensor,
+    cell: Tensor,
+    last: Entries,
+    layers: Layers,
+) -> Sequence | None:
+    """Take as many of T steps as can be; None, and nothing done, if that is none.
+
+    Args:
+        store: the memory, changed in place.
+        gates: what the LSTM's gates get from the input, [T, B, 4 D]; contiguous, overwritten.
+        carried: hidden state and reads of the step before, [B, F].
+        cell: the LSTM's cell state [B, D].
+        last: reads of the step before [B, H, K].
+        layers: the weights.
+    """
+    batch, heads, top_k = last.ids.shape
+    kernels = sequence_kernels(store, last, top_k)
+    if kernels is None:
+        return None
+    inputs = len(layers.bias) // heads
+    shape = (batch, heads, store.rows.shape[2], inputs, top_k, cell.shape[1])
+    sequence = begun(kernels, Sizes(len(gates), *shape), gates, carried, cell, last)
+    taken = advance(store, sequence, transposed(layers))
+    if taken == 0:
+        return None
+    return sequence if taken == len(gates) else sequence.cut(taken)
+
+
+def begun(
+    kernels: Kernels, sizes: Sizes, gates: Tensor, carried: Tensor, cell: Tensor, last: Entries
+) -> Sequence:
+    """Room for a sequence's steps, with what was before them."""
+    steps, batch, heads, width, inputs, k, _ = sizes
+    rows = gates.new_empty(steps, batch, heads, k, width)
+    values = gates.new_empty(steps, batch, heads * inputs)
+    write_ids = last.ids.new_empty(steps, batch, heads, k + 1)
+    write_weights = gates.new_empty(batch, heads, k + 1)
+    before = [
+        part.new_empty(steps + 1, *part.shape) for part in (cell, carried, last.ids, last.weights)
+    ]
+    for record, part in zip(before, (cell, carried, *last), strict=True):
+        record[0] = part
+    cells, features, ids, weights = before
+    return Sequence(
+        kernels, sizes, gates, cells, features, values, write_ids, write_weights, ids, weights, rows
+    )
+
+
+def transposed(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights as the kernel reads them, by rows: by what comes in."""
+    recurrent, interface, bias = layers
+    return recurrent.mT.contiguous(), interface.mT.contiguous(), bias.contiguous()
+
+
+def advance(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...]) -> int:
+    """Take steps, with more room or a new lap where they stop for it; how many there are."""
+    sizes, taken, lap_begun = sequence.sizes, 0, False
+    while taken < sizes.steps and store.extent + sizes.growth <= scanned_rows(store):
+        store.reserve(store.extent + sizes.growth)
+        now = run(store, sequence, weights, taken)
+        has_room = store.extent + sizes.growth <= rows_allowed(store)
+        if now == taken and has_room:
+            if lap_begun:
+                break  # the last reads are out of place; a step by itself tells
+            store.order.least_recent(sizes.heads)  # begins a lap, from which the kernel goes on
+        taken, lap_begun = now, now == taken and has_room
+    return taken
+
+
+def rows_allowed(store: EpisodeStore) -> int:
+    """Up to how many touched rows the kernel goes on."""
+    capacity = store.rows.shape[1]
+    return min(scanned_rows(store), capacity if capacity < store.num_slots else EVERYTHING)
+
+
+def run(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...], first: int) -> int:
+    """Steps from `first` on, until they stop; how many there are then."""
+    order, sizes, capacity = store.order, sequence.sizes, store.rows.shape[1]
+    allowed = rows_allowed(store)
+    # In the first lap this many steps cannot stop, so that no element waits for another.
+    sure = (min(allowed, capacity) - store.extent) // sizes.growth if order.lap is None else 0
+    until = min(first + sure, sizes.steps) if sure > 0 else sizes.steps
+    touched, pointer, kept = (part.clone() for part in (store.touched, order.pointer, order.kept))
+    bits = GRID_BITS[store.rows.dtype]
+    limits = (capacity, store.num_slots, bits, order.time - first, allowed, first, until)
+    state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
+    tensors = (*state, pointer, kept, *weights, *sequence.records)
+    places, stops = addresses(*tensors), []
+
+    def part(begin: int, end: int, _: Any = tensors) -> None:
+        given = (*sizes, *limits, begin, end)
+        stops.append(sequence.kernels.unroll(sequence.kernels.like, given, places))
+
+    in_parts(part, sizes.batch, sizes.work * (until - first) if sure > 0 else 0)
+    now = stops[0]
+    store.version += now > first
+    store.touched, store.extent = touched, int(touched.max())
+    order.pointer, order.kept, order.time = pointer, kept, order.time + now - first
+    return now  # type: ignore[no-any-return]
+
+
+class UnrolledSteps(torch.autograd.Function):
+    """A sequence that was taken, in the graph: what was carried [T + 1, B, F], the last cell
+    state [B, D], the last read weights [B, H, K], token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        gates: Tensor,
+        carried: Tensor,
+        cell: Tensor,
+        last_weights: Tensor,
+        recurrent: Tensor,
+        interface: Tensor,
+        bias: Tensor,
+        sequence: Sequence,
+        tape: Tape,
+    ) -> tuple[Tensor, ...]:
+        """Record what the backward pass needs."""
+        ctx.kernels, ctx.sizes = sequence.kernels, sequence.sizes
+        ctx.tape, ctx.operation = tape, tape.record()
+        made = sequence
+        saved = (made.gates, made.cells, made.values, made.write_ids, made.ids, made.weights)
+        ctx.save_for_backward(recurrent, interface, made.carried, *saved, made.rows)
+        ctx.set_materialize_grads(False)
+        return made.carried, made.cells[-1].clone(), made.weights[-1].clone(), token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_carried: Any, to_cell: Any, to_weights: Any, _: Any) -> Any:
+        """Backward through the steps, on the tape's buffer; then the weights, all steps at once."""
+        recurrent, interface, carried, *saved = ctx.saved_tensors
+        gates, cells, values, _, ids, weights, _ = saved
+        sizes, buffer = ctx.sizes, ctx.tape.enter(ctx.operation)
+        to_carried = own(to_carried, carried)
+        to_cell, both = own(to_cell, cells[0]), torch.zeros_like(weights[:1]).repeat(2, 1, 1, 1)
+        if to_weights is not None:
+            both[sizes.steps % 2] = to_weights
+        to_gates, to_values = torch.empty_like(gates), torch.empty_like(values)
+        flows = (to_carried, to_cell, both, to_gates, to_values)
+        tensors = (buffer, recurrent.contiguous(), interface.contiguous(), *saved, *flows)
+        places = addresses(*tensors)
+
+        def part(begin: int, end: int, _: Any = tensors) -> None:
+            given = (*sizes, buffer.shape[1], begin, end)
+            ctx.kernels.unroll_backward(ctx.kernels.like, given, places)
+
+        in_parts(part, sizes.batch, sizes.work * sizes.steps)
+        ctx.tape.added(ids[1:].transpose(0, 1))
+        ctx.tape.leave(ctx.operation)
+        to_state = (to_gates, to_carried[0], to_cell, both[0])
+        hidden, needed = carried[1:, :, : sizes.hidden], ctx.needs_input_grad
+        to_recurrent = summed(to_gates, carried[:-1]) if needed[5] else None
+        to_interface = summed(to_values, hidden) if needed[6] else None
+        to_bias = to_values.sum((0, 1)) if needed[7] else None
+        return None, *to_state, to_recurrent, to_interface, to_bias, None, None
+
+
+def own(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient that may be changed; zeros for None."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def summed(gradient: Tensor, inputs: Tensor) -> Tensor:
+    """The gradient of a weight [J, I], out of those of outputs [T, B, J] and inputs [T, B, I]."""
+    return gradient.flatten(0, 1).mT @ inputs.flatten(0, 1)

@@ -1,0 +1,436 @@
+"""Sequences taken at once against the same steps taken one by one."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.nn.utils import parametrize
+
+from sparsemem.kernels.sequence import MAX_STEPS
+from sparsemem.models.controller import LSTMController
+from sparsemem.models.sam import SAM, SAMCell
+from tests.kernels.comparing import F32, F64, assert_same, everything, ids_of, random_case
+from tests.oracles import dense_sam
+
+pytest.importorskip("numba")
+FORMS = ["reference", "steps", "sequence"]
+
+
+@pytest.fixture
+def form(monkeypatch):
+    """form("reference" | "steps" | "sequence"): what runs from here on; sequences at first."""
+    at_once = SAMCell.sequence
+
+    def choose(name):
+        monkeypatch.setenv("SPARSEMEM_KERNELS", "reference" if name == "reference" else "auto")
+        taken = at_once if name == "sequence" else lambda *_: None
+        monkeypatch.setattr(SAMCell, "sequence", taken)
+
+    choose("sequence")
+    return choose
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many steps were taken at once, by call; 0: it had to be one by itself."""
+    record, at_once = [], SAMCell.sequence
+
+    def sequence(self, input, state):
+        result = at_once(self, input, state)
+        record.append(0 if result is None else result[0].shape[1])
+        return result
+
+    monkeypatch.setattr(SAMCell, "sequence", sequence)
+    return record
+
+
+def small(**options):
+    torch.manual_seed(3)
+    sizes = {"num_slots": 40, "slot_dim": 5, "num_heads": 2, "top_k": 3, **options}
+    return SAM(3, 6, 2, **sizes).double()
+
+
+def loss_of(output, state):
+    """Depends on all that a sequence gives."""
+    read, controller = state.read.weights.square().sum(), state.controller
+    return output.square().sum() + read + state.reads.sum() + sum(c.sin().sum() for c in controller)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(F64, seed) for seed in range(40)] + [(F32, seed) for seed in range(20)]
+)
+def test_equals_the_reference(dtype, seed, form, taken):
+    """With weights so small that recurrence does not blow rounding up."""
+    model, input = random_case(SAM, seed, dtype)
+    output, state = model(input)
+    assert taken == ([0, input.shape[1] - 1] if input.shape[1] > 2 else taken)
+    form("reference")
+    expected, end = model(input)
+    ours, truth = everything(model, input, output, state), everything(model, input, expected, end)
+    assert_same(ours, truth, dtype)
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
+    assert state.episode._store.order.time == end.episode._store.order.time
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_equals_the_dense_transcription(seed, form):
+    model, input = random_case(SAM, seed + 100, F64, scales=(1, 3))
+    output, state = model(input)
+    expected, dense = dense_sam.run(model, input)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    inputs, weights = [input, *model.parameters()], torch.randn_like(output)
+    ours, truth = (
+        torch.autograd.grad((result * weights).sum(), inputs) for result in (output, expected)
+    )
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    rows = state.episode.rows()
+    torch.testing.assert_close(rows, dense.memory[:, : rows.shape[1]].detach())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_forks_cuts_and_changes_of_form_on_the_way(seed, form):
+    """A sequence in chunks, in any form, cut and cloned, against the torch code: every gradient
+    that flows into a state and out of it.
+    """
+
+    def run(mixed):
+        draw = random.Random(seed)
+        model, input = random_case(SAM, seed + 200, F64)
+        losses, state = [], None
+        for chunk in input.repeat(1, 3, 1).split(max(2, input.shape[1] // 2), 1):
+            form(draw.choice(FORMS if mixed else ["reference"] * 3))
+            output, state = model(chunk, state)
+            losses.append(loss_of(output, state))
+            action = draw.random()
+            if action < 0.2:
+                state = state.detach()
+            elif action < 0.6:
+                losses.append(loss_of(*model(chunk.flip(1), state.clone())))
+        parameters = [input, *model.parameters()]
+        gradients = torch.autograd.grad(sum(losses), parameters, retain_graph=True)
+        again = torch.autograd.grad(sum(losses), parameters)
+        for a, b in zip(gradients, again, strict=True):
+            assert torch.equal(a, b), "a second backward pass"
+        return [loss.detach() for loss in losses], gradients, state.episode.rows()
+
+    (losses, gradients, rows), (true_losses, true_gradients, true_rows) = run(True), run(False)
+    torch.testing.assert_close(losses, true_losses, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gradients, true_gradients, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(rows, true_rows, rtol=1e-9, atol=1e-11)
+
+
+def test_gradcheck_from_a_state_on(form, taken):
+    model = small(num_slots=6, num_heads=1, top_k=2).requires_grad_(False)
+    first = torch.randn(2, 2, 3, dtype=F64)
+    input = torch.randn(2, 4, 3, dtype=F64, requires_grad=True)
+    states = []
+
+    def run(hidden, input):
+        _, state = model(first)
+        controller = (state.controller[0] + hidden, state.controller[1] * hidden)
+        output, state = model(input, state._replace(controller=controller))
+        states.append(state)
+        return output, state.read.weights, state.controller[1]
+
+    assert gradcheck(run, (torch.randn(2, 6, dtype=F64, requires_grad=True), input))
+    assert set(taken) == {0, 4}, "the first step alone, and four at once"
+
+
+def test_what_is_not_differentiated_costs_nothing_and_changes_nothing(form):
+    def gradients(names):
+        model, input = small(), torch.linspace(-1, 1, 60, dtype=F64).view(2, 10, 3)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names is None or name in names)
+        model(input)[0].square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = gradients(None)
+    for names in ({"cell.interface.weight"}, {"cell.controller.cell.weight_hh"}, {"output.bias"}):
+        part = gradients(names)
+        assert set(part) == names
+        for name in names:
+            torch.testing.assert_close(part[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_serves_once(form):
+    model = small()
+    _, state = model(torch.randn(2, 5, 3, dtype=F64))
+    model(torch.randn(2, 5, 3, dtype=F64), state)
+    with pytest.raises(RuntimeError, match="already advanced"):
+        model(torch.randn(2, 5, 3, dtype=F64), state)
+
+
+def test_second_derivatives_are_refused(form):
+    model = small()
+    input = torch.randn(2, 5, 3, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(input)[0].sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("num_slots", [30, 10_000])
+def test_long_sequences_are_taken_in_parts(grad, num_slots, form, taken):
+    model, input = small(num_slots=num_slots), torch.randn(2, 2 * MAX_STEPS + 20, 3, dtype=F64)
+    with torch.set_grad_enabled(grad):
+        output, state = model(input)
+        assert taken == [0, MAX_STEPS, MAX_STEPS, 19]
+        form("steps")
+        expected, end = model(input)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(state.episode.rows(), end.episode.rows(), rtol=0, atol=1e-11)
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_ends_where_the_index_begins(form, taken):
+    pytest.importorskip("faiss")
+    model, input = small(num_slots=1000, index_after=40), torch.randn(2, 40, 3, dtype=F64)
+    output, state = model(input)
+    assert taken[0] == 0
+    assert 5 < taken[1] < 20
+    assert not any(taken[2:])
+    assert state.episode._store.sealed.sealed >= 32, "the index was used"
+    form("reference")
+    torch.testing.assert_close(output, model(input)[0], rtol=0, atol=1e-11)
+
+
+def test_least_recent_slots_asked_for_in_between_change_nothing(form):
+    model, input = small(num_slots=9), torch.randn(2, 12, 3, dtype=F64)
+
+    def run():
+        state, outputs = None, []
+        for chunk in input.split(3, 1):
+            output, state = model(chunk, state)
+            state.episode.least_recent(5)
+            outputs.append(output)
+        return torch.cat(outputs, 1), state.episode.least_recent(9)
+
+    output, order = run()
+    form("reference")
+    expected, true_order = run()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    assert torch.equal(order, true_order)
+
+
+def test_dropout_draws_as_step_by_step(form, taken):
+    model, input = small(bypass_dropout=0.5), torch.randn(2, 12, 3, dtype=F64)
+
+    def run():
+        torch.manual_seed(0)
+        output, _ = model(input)
+        return output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))
+
+    ours = run()
+    assert taken == [0, 11]
+    form("steps")
+    torch.testing.assert_close(ours, run(), rtol=0, atol=1e-12)
+
+
+def call_counter(calls):
+    return lambda *_: calls.append(1)
+
+
+def with_hook(model, part):
+    calls = []
+    part(model).register_forward_hook(call_counter(calls))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda model: model.cell,
+        lambda model: model.cell.controller,
+        lambda model: model.cell.controller.cell,
+        lambda model: model.cell.interface,
+    ],
+)
+def test_hooks_are_called_at_every_step(part, form, taken):
+    model, input = small(), torch.randn(2, 7, 3, dtype=F64)
+    expected, _ = model(input)
+    calls = with_hook(model, part)
+    output, _ = model(input)
+    assert taken[:2] == [0, 6], "without the hook"
+    assert not any(taken[2:])
+    assert len(calls) == 7
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+def test_global_hooks_are_called_at_every_step(form, taken):
+    model, calls = small(), []
+    handle = nn.modules.module.register_module_forward_hook(call_counter(calls))
+    try:
+        model(torch.randn(2, 7, 3, dtype=F64))
+    finally:
+        handle.remove()
+    assert not any(taken)
+    assert len(calls) >= 7
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class OtherCell(SAMCell):
+    pass
+
+
+class NoBias(LSTMController):
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size)
+        self.cell = nn.LSTMCell(input_size, hidden_size, bias=False)
+
+
+def without_bias(model):
+    size = model.cell.controller.cell.input_size
+    model.cell.controller.cell = nn.LSTMCell(size, 6, bias=False).double()
+
+
+def other_controller(model):
+    model.cell.controller = NoBias(model.cell.controller.cell.input_size, 6).double()
+
+
+def interface_without_bias(model):
+    model.cell.interface = nn.Linear(6, model.cell.interface.out_features, bias=False).double()
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.cell.interface, "weight", Doubled())
+
+
+def other_forward(model):
+    model.cell.interface.forward = lambda hidden: nn.Linear.forward(model.cell.interface, -hidden)
+
+
+def other_class(model):
+    model.cell.__class__ = OtherCell
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without_bias,
+        other_controller,
+        interface_without_bias,
+        parametrized,
+        other_forward,
+        other_class,
+    ],
+)
+def test_other_layers_are_called_step_by_step(change, form, taken):
+    model, input = small(), torch.randn(2, 7, 3, dtype=F64)
+    change(model)
+    output, _ = model(input)
+    assert not any(taken)
+    form("reference")
+    torch.testing.assert_close(output, model(input)[0], rtol=0, atol=1e-12)
+
+
+def test_half_precision_layers_run_step_by_step(form, taken):
+    model = small().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 5, 3))[0].sum().backward()
+    assert not any(taken)
+
+
+def test_reads_out_of_place_are_refused_by_the_step(form, taken, plain_errors):
+    model = small()
+    _, state = model(torch.randn(2, 5, 3, dtype=F64))
+    read = state.read._replace(ids=state.read.ids + 40)
+    with pytest.raises(ValueError, match="holds slot"):
+        model(torch.randn(2, 5, 3, dtype=F64), state._replace(read=read))
+    assert taken[-1] == 0
+
+
+def test_a_wrong_controller_state_is_refused_by_the_controller(form, plain_errors):
+    model = small()
+    _, state = model(torch.randn(2, 5, 3, dtype=F64))
+    hidden, cell = state.controller
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 3, dtype=F64), state._replace(controller=(hidden, cell[:1])))
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_not_a_number_surfaces_and_ids_stay_in_range(where, form, taken):
+    model, state = small(num_slots=20), None
+    _, state = model(torch.randn(2, 6, 3, dtype=F64))
+    if where == "weight":
+        model.cell.interface.weight.data[0, 0] = torch.inf
+    else:
+        model.cell.controller.cell.bias_ih.data[0] = torch.nan
+    for _ in range(3):
+        output, state = model(torch.randn(2, 6, 3, dtype=F64), state)
+        for ids in (state.access.read_ids, state.access.write_ids):
+            assert 0 <= int(ids.min()) <= int(ids.max()) < 20
+    assert taken == [0, 5, 6, 6, 6]
+    assert not output.isfinite().all()
+    output.sum().backward()
+
+
+def test_a_sequence_that_failed_leaves_a_gradient_pass_clean(form):
+    """What a pass towards a late input only left in the buffer does not leak into the next."""
+    model, input = small(), torch.randn(2, 8, 3, dtype=F64, requires_grad=True)
+    first, state = model(input)
+    hidden = state.reads
+    second, _ = model(input, state)
+    torch.autograd.grad(second.sum(), hidden, retain_graph=True)
+    ours = torch.autograd.grad(second.sum() + first.sum(), input)
+    fresh, state = model(input)
+    later, _ = model(input, state)
+    truth = torch.autograd.grad(later.sum() + fresh.sum(), input)
+    assert torch.equal(ours[0], truth[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("num_slots", [13, 400])
+def test_threads_change_nothing_bit_for_bit(batch_size, num_slots, form, taken, monkeypatch):
+    monkeypatch.setattr("sparsemem.kernels.threads.WORK", 1)
+    model = small(num_slots=num_slots).float()
+    input = torch.randn(batch_size, 40, 3, requires_grad=True)
+    output, state = model(input)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # torch itself goes on with one
+    threaded, end = model(input)
+    assert taken == [0, 39] * 2
+    assert torch.equal(threaded, output)
+    ours, truth = everything(model, input, threaded, end), everything(model, input, output, state)
+    assert all(torch.equal(ours[name], value) for name, value in truth.items())
+
+
+def test_an_element_does_not_depend_on_those_beside_it(form):
+    model, input = small().float(), torch.randn(5, 20, 3)
+    output, _ = model(input)
+    for b in range(5):
+        alone, _ = model(input[b : b + 1])
+        torch.testing.assert_close(alone[0], output[b], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_nonlinearities_to_the_last_bits(dtype):
+    from sparsemem.kernels.controller import sigmoids, tanhs
+
+    edges = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-9, -800.0, 800.0], dtype=dtype)
+    values = torch.cat([torch.linspace(-90, 90, 20_001, dtype=dtype), edges])
+    for kernel, function in ((sigmoids, torch.sigmoid), (tanhs, torch.tanh)):
+        ours = values.clone()
+        kernel(ours.numpy())
+        close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps, "equal_nan": True}
+        torch.testing.assert_close(ours, function(values), **close)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (4, 8), (9, 33), (40, 6)])
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 5), (1, 3), (2, 5)])
+def test_products(rows, columns, begin, end):
+    from sparsemem.kernels.controller import add_product
+
+    inputs, weights = torch.randn(5, rows + 2, dtype=F64), torch.randn(rows, columns, dtype=F64)
+    outputs = torch.randn(5, columns + 3, dtype=F64)
+    expected = outputs.clone()
+    expected[begin:end, :columns] += inputs[begin:end, :rows] @ weights
+    add_product(inputs.numpy(), weights.numpy(), outputs.numpy(), begin, end)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
