@@ -2,7 +2,7 @@
 
 Forward and backward a step, one thread, batch 8, 4 heads, K = 4, width 32, LSTM 100, T = 100:
 
-- controller: SAM with 2^20 slots against the same controller without a memory;
+- controller: SAM with 2^20 slots against the same controller without a memory, time and memory;
 - sizes: slopes of log time and log memory over the log of the number of slots, 2^10 to 2^30;
 - dense: SAM against this project's NTM at 2^20 slots, that against what memory bandwidth allows,
   and against an NTM written plainly;
@@ -32,6 +32,8 @@ import torch.nn.functional as F
 import typer
 from common import Timings, interleaved, machine, seconds
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsemem import DNC, NTM, SAM, SDNC
 from sparsemem.bench.fits import log_slope
@@ -44,9 +46,7 @@ INPUTS, HIDDEN, HEADS, TOP_K, WIDTH = 8, 100, 4, 4, 32
 STEPS, BATCH, SLOTS = 100, 8, 2**20
 SIZES = [2**power for power in range(10, 31, 2)]
 DENSE_STEPS, PLAIN_STEPS = 3, 2  # what fits; the first step, without a past, is the cheapest
-# Passes over the rows of a step, forward and backward (memory/products.py), and over weights
-# [B, H, N] in units of rows (H / W of a pass each: about 160 of them, see `dense`).
-ROW_PASSES = 24
+ROW_PASSES = 24  # of a step of the NTM, forward and backward: counted in memory/products.py
 LINKED_SLOTS, LINKED_STEPS = 2_048, 10
 LONG, TRUNCATE, WINDOW = 100_000, 100, 1_000
 # Large tensors reuse memory of the process instead of asking the kernel for zeroed pages each
@@ -104,6 +104,36 @@ class PlainMemory(DenseMemory):
         return PlainMemory(rows)
 
 
+class WeightPasses(TorchDispatchMode):
+    """Counts what operations read and write of vectors over the slots, in numbers of floats."""
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.least, self.most, self.floats = slots, slots * width, 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; views move nothing, and rows are counted elsewhere."""
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in function.name():
+            for tensor in tree_leaves((args, kwargs, result)):
+                if isinstance(tensor, Tensor) and self.least <= tensor.numel() < self.most:
+                    self.floats += tensor.numel()
+        return result
+
+
+def weight_passes() -> float:
+    """Passes of an NTM's step over vectors such as [B, H, N], in units of passes over the rows."""
+    slots, counts = 2**19, []  # more than a block has numbers: what is done within is not counted
+    for steps in (2, 3):
+        ntm = NTM(INPUTS, HIDDEN, INPUTS, slots, WIDTH, HEADS)
+        with WeightPasses(slots, WIDTH) as counted:
+            pass_of(ntm, steps, 1)
+        counts.append(counted.floats)
+    return (counts[1] - counts[0]) / (slots * WIDTH)
+
+
 class PlainCell(NTMCell):
     """An NTM's cell over a `PlainMemory`."""
 
@@ -140,6 +170,10 @@ def controller() -> dict[str, Any]:
     return {
         "microseconds_a_step": {name: microseconds(times, name, STEPS) for name in models},
         "sam_to_without_memory": times.ratio("sam", "without_memory"),
+        "peak_mib_of_one_sequence": {
+            name: tensor_peak(partial(pass_of, model, STEPS, 1)) / 2**20
+            for name, model in models.items()
+        },
     }
 
 
@@ -186,7 +220,8 @@ def dense(batch: int, repetitions: int = 5) -> dict[str, Any]:
     one_pass = times.median("copy") / 2 * BATCH / len(source)
     step, plain_step = times.median("ntm") / DENSE_STEPS * scale, plain_times.median("plain")
     plain_step *= BATCH / PLAIN_STEPS
-    sam_step = times.median("sam") / STEPS
+    sam_step, vectors = times.median("sam") / STEPS, weight_passes()
+    passes = ROW_PASSES + vectors
     return {
         "ntm_batch": f"{batch}, times scaled by {scale:g} to {BATCH}",
         "plain_batch": f"1, times scaled by {BATCH} to {BATCH}",
@@ -198,8 +233,11 @@ def dense(batch: int, repetitions: int = 5) -> dict[str, Any]:
         "copy_gigabytes_a_second": 2 * source.nbytes / times.median("copy") / 1e9,
         "bound": {
             "row_passes": ROW_PASSES,
-            "milliseconds": ROW_PASSES * one_pass * 1e3,
-            "ntm_to_bound": step / (ROW_PASSES * one_pass),
+            "weight_passes": vectors,
+            "milliseconds": passes * one_pass * 1e3,
+            "milliseconds_of_rows_alone": ROW_PASSES * one_pass * 1e3,
+            "ntm_to_bound": step / (passes * one_pass),
+            "ntm_to_bound_of_rows_alone": step / (ROW_PASSES * one_pass),
         },
         "ntm_to_sam": step / sam_step,
         "plain_to_sam": plain_step / sam_step,

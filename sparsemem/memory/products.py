@@ -14,7 +14,8 @@ it. Passes of the functions here, forward and backward:
 
 Autograd adds up the gradients that rows get from their four uses in a step (written over, read,
 scored for reading and, at the next step, for writing): three sums of 3 passes each. So a step has
-5 passes forward and 19 backward, and what is saved for the backward pass are the rows alone.
+5 passes forward and 19 backward, and of numbers for every row and column only the new rows are
+kept for the backward pass. Weights [B, H, N] cost H / W of a pass each time they are touched.
 
 Shape letters: B batch, N slots, W slot width, H heads, G heads that erase.
 """
@@ -33,12 +34,15 @@ from sparsemem.indexes.metrics import COSINE_EPSILON
 
 # Numbers of a block of rows: a few such blocks fit the cache of a core.
 BLOCK = 2**18
+FEW = 64
 
 
 def blocks(rows: Float[Tensor, "B N W"]) -> Iterator[tuple[slice, slice]]:
-    """Batch elements and slots of parts that lie together in memory; one part off the CPU."""
+    """Batch elements and slots of parts that lie together in memory; on a GPU, of all at once."""
     batch, slots, width = rows.shape
     most = BLOCK if rows.device.type == "cpu" else rows.numel()
+    if rows.is_meta:  # the plan of a run: what is alive at once hardly depends on how many blocks
+        most = max(BLOCK, rows.numel() // FEW)
     elements, length = max(1, most // (slots * width)), max(1, most // width)
     for element in range(0, batch, elements):
         for slot in range(0, slots, length):
