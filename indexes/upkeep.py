@@ -25,8 +25,10 @@ LENIENT = 8  # times the buffer may be full before writers lend the background a
 MEASURED_AT_ONCE = 8  # queries for which writers may have to wait
 CHECK_QUERIES = 8_192  # after so many, and
 CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall is measured
-WATCH_EVERY = 2_048  # queries; while rows drift, when so many are buffered and so many searched:
-WATCH_ROWS, WATCH_QUERIES = 512, 64
+# The watch looks at queries so often; while rows drift, when so many, or such a share of all rows,
+# were changed and so many queries searched.
+WATCH_EVERY, WATCH_QUERIES = 2_048, 64
+WATCH_ROWS, WATCH_SHARE = 512, 1 / 250
 WATCHED_AT_ONCE = 4  # of these
 HARDER = 8  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
@@ -169,7 +171,8 @@ class Upkeep:
     def _watch_agreement(self, derived: Derived, queries: Tensor, found: Found) -> None:
         """Have the index search some queries harder now and then, more often while rows drift."""
         self._unwatched += len(queries)
-        drifting = derived.buffer.marked - self._watched_at >= WATCH_ROWS
+        rows = max(WATCH_ROWS, int(WATCH_SHARE * self.index.table.num_live))
+        drifting = derived.buffer.marked - self._watched_at >= rows
         every = WATCH_QUERIES if drifting else WATCH_EVERY
         if self.index.min_recall is None or self._unwatched < every:
             return
