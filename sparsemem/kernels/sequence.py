@@ -183,23 +183,12 @@ def rows_allowed(store: EpisodeStore) -> int:
 def run(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...], first: int) -> int:
     """Steps from `first` on, until they stop; how many there are then."""
     order, sizes, capacity = store.order, sequence.sizes, store.rows.shape[1]
-    allowed = rows_allowed(store)
-    # In the first lap this many steps cannot stop, so that no element waits for another.
-    sure = (min(allowed, capacity) - store.extent) // sizes.growth if order.lap is None else 0
-    until = min(first + sure, sizes.steps) if sure > 0 else sizes.steps
     touched, pointer, kept = (part.clone() for part in (store.touched, order.pointer, order.kept))
     bits = GRID_BITS[store.rows.dtype]
-    limits = (capacity, store.num_slots, bits, order.time - first, allowed, first, until)
+    limits = (capacity, store.num_slots, bits, order.time - first, rows_allowed(store), first)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
-    tensors = (*state, pointer, kept, *weights, *sequence.records)
-    places, stops = addresses(*tensors), []
-
-    def part(begin: int, end: int, _: Any = tensors) -> None:
-        given = (*sizes, *limits, begin, end)
-        stops.append(sequence.kernels.unroll(sequence.kernels.like, given, places))
-
-    in_parts(part, sizes.batch, sizes.work * (until - first) if sure > 0 else 0)
-    now = stops[0]
+    places = addresses(*state, pointer, kept, *weights, *sequence.records)
+    now = sequence.kernels.unroll(sequence.kernels.like, (*sizes, *limits), places)
     store.version += now > first
     store.touched, store.extent = touched, int(touched.max())
     order.pointer, order.kept, order.time = pointer, kept, order.time + now - first

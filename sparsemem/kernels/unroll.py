@@ -26,13 +26,13 @@ from sparsemem.kernels.steps import (
 
 @kernel
 def unroll(like, sizes, addresses):
-    """Steps `first` .. until - 1 for elements begin .. end - 1; how many are taken then.
+    """Steps `first` .. T - 1; how many are taken then.
 
     It stops before a step that might touch rows beyond `allowed`, or for which a lap holds too few
     slots, or whose last reads are out of place.
     """
     steps, batch, heads, width, inputs, k, hidden = sizes[:7]
-    capacity, num_slots, grid_bits, time, allowed, first, until, begin, end = sizes[7:]
+    capacity, num_slots, grid_bits, time, allowed, first = sizes[7:]
     whole, features, scale = np.empty(0, np.int64), hidden + heads * width, 2.0**grid_bits
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
@@ -57,8 +57,8 @@ def unroll(like, sizes, addresses):
     read_rows = array_at(addresses[19], like, (steps, batch, heads, k, width))
     links = array_at(addresses[18], like, (heads, 2, 0, k))  # of SDNC
     fresh, next_start = np.empty_like(kept), np.empty_like(start)
-    for t in range(first, until):
-        for b in range(begin, end):
+    for t in range(first, steps):
+        for b in range(batch):
             laps = lap[b] if lap_start[b] else lap[b, :0]
             next_start[b] = choose_fresh(
                 kept[b], laps, lap_start[b], start[b], last_access[b], num_slots, fresh[b]
@@ -70,14 +70,14 @@ def unroll(like, sizes, addresses):
                 or not in_range(ids[t, b], capacity)
             ):
                 return t
-        add_product(carried[t], recurrent, gates[t], begin, end)
-        for b in range(begin, end):
+        add_product(carried[t], recurrent, gates[t], 0, batch)
+        for b in range(batch):
             assign(kept[b], fresh[b])
             start[b] = next_start[b]
             lstm(gates[t, b], cells[t, b], cells[t + 1, b], carried[t + 1, b])
             assign(flat[t, b], bias)
-        add_product(carried[t + 1], interface, flat[t], begin, end)
-        for b in range(begin, end):
+        add_product(carried[t + 1], interface, flat[t], 0, batch)
+        for b in range(batch):
             stop = write(
                 rows[b], norms[b], values[t, b], width, ids[t, b], weights[t, b], fresh[b],
                 write_ids[t, b], write_weights[b],
@@ -99,7 +99,7 @@ def unroll(like, sizes, addresses):
                 weights[t + 1, b],
             )  # fmt: skip
             touched[b] = max(touched[b], ids[t + 1, b].max() + 1)
-    return until
+    return steps
 
 
 @kernel
@@ -155,4 +155,4 @@ def unroll_backward(like, sizes, addresses):
         add_product(to_gates[t], recurrent, to_carried[t], begin, end)
 
 
-ENTRIES = {unroll: (16, 20), unroll_backward: (10, 15)}  # sizes and addresses
+ENTRIES = {unroll: (13, 20), unroll_backward: (10, 15)}  # sizes and addresses
