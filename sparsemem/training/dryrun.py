@@ -105,19 +105,19 @@ def run_pass(model: MemoryModel, batch: int, steps: int, training: bool = True) 
 
 
 def _forward(model: MemoryModel, input: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """`model(input)` without its checks, which look at values: there are none on meta.
+    """`model(input)`, and how far its memory has grown.
 
-    And how far its memory has grown.
+    Dense models do without the checks, which look at values: there are none on meta.
     """
+    if is_sparse(model.cell):
+        output, state = model(input)
+        links = state.links.follows.ids.shape[2] if isinstance(model.cell, SDNCCell) else 0
+        return output, (state.episode.extent, state.episode.capacity, links)
     state, features = model.initial_state(len(input)), []
     for step in input.unbind(1):
         feature, state = model.cell(step, state)
         features.append(feature)
-    grown = (0, 0, 0)
-    if is_sparse(model.cell):
-        links = state.links.follows.ids.shape[2] if isinstance(model.cell, SDNCCell) else 0
-        grown = (state.episode.extent, state.episode.capacity, links)
-    return model.output(torch.stack(features, 1)), grown
+    return model.output(torch.stack(features, 1)), (0, 0, 0)
 
 
 def linear(at: tuple[int, int], values: tuple[float, float], where: int | float) -> float:

@@ -48,6 +48,9 @@ FUNCTIONS = (
     ("sparsemem.kernels.fused", None, "read_step", "kernels"),
     ("sparsemem.kernels.fused", None, "links_step", "kernels"),
     ("sparsemem.kernels.fused", "FusedStep", "backward", "kernels backward"),
+    # Whole sequences: the controller and the search are inside.
+    ("sparsemem.kernels.sequence", None, "run", "kernels"),
+    ("sparsemem.kernels.sequence", "UnrolledSteps", "backward", "kernels backward"),
 )
 
 

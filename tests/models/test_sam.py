@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.memory import addressing
 from sparsemem.models.sam import SAM
 from sparsemem.models.sdnc import SDNC
@@ -78,7 +79,8 @@ def test_reading_all_rows_equals_the_dense_content_read():
     _, state = model(input[:, 8:], before)
     memory = state.episode.rows()
     query, _, strength, *_ = dense_sam.gates(model.cell, state.controller[0])
-    weights = addressing.content_weights(addressing.cosine_similarity(query, memory), strength)
+    similarity = addressing.cosine_similarity(query, memory, inverse_norm(memory))
+    weights = addressing.content_weights(similarity, strength)
     torch.testing.assert_close(state.reads.view(2, 2, 5), weights @ memory, rtol=0, atol=1e-12)
     ours = torch.zeros(2, 2, 6, dtype=F64).scatter(2, *state.read)
     torch.testing.assert_close(ours, weights, rtol=0, atol=1e-12)
