@@ -43,6 +43,7 @@ class Buffer:
             FIRST_CAPACITY, table.width, dtype=table.dtype, device=table.rows.device
         )
         self._queue: deque[Any] = deque()  # arrays of ids; those that no longer wait may be in it
+        self._queued = 0  # ids in them
 
     @property
     def ids(self) -> Any:
@@ -72,17 +73,18 @@ class Buffer:
         self._changes += 1
         self.marks[ids] = self._changes
         idle = ids[~self.waits[ids]]
-        self._queue.append(idle)
         self.waits[idle] = True
         self.waiting += len(idle)
+        self._enqueue(idle)
 
     def waiting_longest(self, count: int) -> Any:
         """The ids of `count` rows that have waited longest, or of all; they go on waiting."""
         found = [np.empty(0, np.int64)]
         front: list[Any] = []
         while count > 0 and self._queue:
-            ids = self._queue.popleft()
-            ids = ids[self.waits[ids]]
+            queued = self._queue.popleft()
+            ids = queued[self.waits[queued]]
+            self._queued -= len(queued) - len(ids)
             if len(ids):
                 front.append(ids)
             found.append(ids[:count])
@@ -145,6 +147,16 @@ class Buffer:
         ids = which.new_full((len(queries), int(counts.max())), MISSING)
         ids[which, column] = self._tensor(self.ids)[places]
         return ids
+
+    def _enqueue(self, ids: Any) -> None:
+        if len(ids):
+            self._queue.append(ids)
+            self._queued += len(ids)
+        if self._queued > 2 * self.waiting + FIRST_CAPACITY:  # most no longer wait
+            queued = np.concatenate(self._queue)
+            queued = queued[self.waits[queued]]
+            first = np.sort(np.unique(queued, return_index=True)[1])
+            self._queue, self._queued = deque([queued[first]]), len(first)
 
     def num_bytes(self) -> int:
         """Memory of the rows and of the marks that can have been touched, about."""

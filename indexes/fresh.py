@@ -145,7 +145,8 @@ class FreshIndex(Index):
         """Rows of the buffer, and all of them that are among the k best of these and the others."""
         buffer = derived.buffer
         if buffer.count <= FEW and ids.shape[1] >= k:
-            worth = (scores * self.metric.sign).masked_fill(ids < 0, -torch.inf)
+            worth = (scores * self.metric.sign).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            worth = worth.masked_fill(ids < 0, -torch.inf)
             floor = worth.topk(k, 1).values[:, -1]
             better = buffer.above(self.metric, queries, floor, k)
             if better is not None:

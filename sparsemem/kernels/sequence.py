@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sparsemem.memory.store import EpisodeStore
     from sparsemem.memory.tape import Tape
 
-EVERYTHING = 2**62  # rows; more than there can be
 MAX_STEPS = 128  # at once: bounds what is kept of steps that need no gradient
 EVERYTHING = 2**62  # rows; more than there can be
 

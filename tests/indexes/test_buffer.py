@@ -110,3 +110,14 @@ def test_a_scan_finds_what_an_exact_search_of_these_rows_finds(metric, block, mo
         found = tested.scan(metric, queries, k)
         assert torch.equal(found.ids, truth.ids)
         assert torch.equal(found.scores, truth.scores)
+
+
+def test_the_queue_does_not_grow_with_rows_that_come_and_go():
+    tested = make()
+    for _ in range(2_000):
+        tested.mark(np.array([1, 2]))
+        tested.mark(np.array([1, 2]))
+        tested.drop(np.array([2]))
+    assert sum(map(len, tested._queue)) == tested._queued <= 2 * 2 + 2  # two waited last
+    assert len(tested._queue) <= 6
+    assert tested.waiting_longest(9).tolist() == [1]
