@@ -11,6 +11,10 @@ _hook = jaxtyping.install_import_hook("sparsemem", "beartype.beartype")
 
 import torch  # noqa: E402
 
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:  # Triton's kernels run in its interpreter, which is chosen when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Times vary too much on shared machines for a deadline on single examples.
@@ -30,6 +34,25 @@ def plain_errors():
 def _deterministic_start():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """Devices that everything works on."""
+    if request.param == "cuda" and not HAS_CUDA:
+        pytest.skip("needs a GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request, monkeypatch) -> torch.device:
+    """A device that Triton's kernels run on: the CPU by their interpreter, or else a GPU."""
+    pytest.importorskip("triton")
+    if (request.param == "cuda") != HAS_CUDA:
+        pytest.skip("needs a GPU" if request.param == "cuda" else "kernels are compiled here")
+    if request.param == "cpu":
+        monkeypatch.setenv("SPARSEMEM_KERNELS", "triton")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

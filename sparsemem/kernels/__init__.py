@@ -1,13 +1,11 @@
 """Fused steps of the sparse memories, compiled; the torch code beside them is the reference.
 
-`SPARSEMEM_KERNELS=reference` in the environment has the torch code used everywhere; `auto`, the
-default, takes a kernel wherever there is one. Nothing here imports Numba before a kernel is
-needed.
+Which is used `SPARSEMEM_KERNELS` says (sparsemem/indexes/triton_switch.py). Nothing here imports
+Numba before a kernel is needed.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
@@ -18,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-SWITCH = "SPARSEMEM_KERNELS"
-CHOICES = ("auto", "reference")
+from sparsemem.indexes.triton_switch import choice
+
 DTYPES = (torch.float32, torch.float64)
 SILENT_SECONDS = 1.0  # loading from the cache takes less
 
@@ -39,10 +37,7 @@ class Kernels(NamedTuple):
 
 def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
     """The kernels for a dtype, with temporal links or without; None: use the torch code."""
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"{SWITCH} is {choice!r}, expected one of {', '.join(CHOICES)}")
-    return load(dtype, links) if choice == "auto" and dtype in DTYPES else None
+    return load(dtype, links) if choice() == "auto" and dtype in DTYPES else None
 
 
 @cache
