@@ -4,6 +4,7 @@ from sparsemem.bank.bank import Hit, MemoryBank
 from sparsemem.layers.memory_layer import MemoryLayer
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel
+from sparsemem.models.captured import captured
 from sparsemem.models.controller import LSTMController
 from sparsemem.models.dnc import DNC, DNCCell
 from sparsemem.models.lstm import LSTM, LSTMCell
@@ -35,5 +36,6 @@ __all__ = [
     "RowSGD",
     "SAMCell",
     "SDNCCell",
+    "captured",
     "clip_grad_norm",
 ]
