@@ -58,6 +58,10 @@ class Episode:
     `least_recent` and `positions` give them out; `slots_of` tells their slots. Over a constant
     base (`start`) a position is its slot, and memory is held for all slots up to the highest one
     used. Over a bank (`over`) memory is held for the slots given out.
+
+    On a device (CUDA) the host sees no positions unless it waits for them. It does for those that
+    a caller has made up, to check them; not for what a cell passes on as it was given out, which
+    it says with `new`: how many of them, at most, lie beyond an episode's touched ones.
     """
 
     __slots__ = ("_operation", "_store", "_tape", "_token", "_version")
@@ -80,7 +84,7 @@ class Episode:
         """B episodes whose N slots all hold `base`; nothing of size N is allocated.
 
         Beyond `index_after` touched slots a search goes through a FAISS index over the older
-        rows (None: always exact).
+        rows (None, and on a device: always exact).
         """
         check_size("batch_size", batch_size)
         check_size("num_slots", num_slots)
@@ -142,6 +146,11 @@ class Episode:
     @property
     def extent(self) -> int:
         """Slots touched by the episode that has touched most; all others hold the base."""
+        return self._store.exact_extent()
+
+    @property
+    def bound(self) -> int:
+        """The extent or, on a device, more: what is known without waiting."""
         return self._store.extent
 
     @property
@@ -175,7 +184,7 @@ class Episode:
         """A copy of the rows at positions 0 .. M-1, where M is the extent."""
         self._check_current()
         self._store.load()
-        return self._store.rows[:, : self._store.extent].clone()
+        return self._store.rows[:, : self.extent].clone()
 
     def least_recent(self, count: int) -> Int[Tensor, "B count"]:
         """Positions of the `count` least recently accessed slots, ties by slot.
@@ -192,14 +201,16 @@ class Episode:
         weights: Float[Tensor, "B H S"],
         words: Float[Tensor, "B H W"],
         erase: Int[Tensor, "B E"],
+        new: int | None = None,
     ) -> Episode:
         """Set rows `erase` to zero, then add weights_h words_h^T at ids_h, for every head h."""
         self._check_current()
-        self._check_ids("ids", ids)
-        self._check_ids("erase", erase)
+        self._check_ids("ids", ids, new)
+        self._check_ids("erase", erase, new)
         self._check_like("weights", weights, tuple(ids.shape))
         self._check_like("words", words, (*ids.shape[:2], self._store.rows.shape[2]))
         token = self._opened()
+        self._store.touch(torch.cat([ids.flatten(1), erase], 1).unsqueeze(1), new)
         self._store.version += 1
         arguments = (token, weights, words, ids, erase, self._tape)
         return self._next(WriteRows.apply(*arguments))  # type: ignore[no-untyped-call]
@@ -213,13 +224,14 @@ class Episode:
         with torch.no_grad():
             return self._store.search(queries.detach(), k)
 
-    def read(self, ids: Int[Tensor, "B H S"]) -> tuple[Float[Tensor, "B H S W"], Episode]:
+    def read(
+        self, ids: Int[Tensor, "B H S"], new: int | None = None
+    ) -> tuple[Float[Tensor, "B H S W"], Episode]:
         """Rows at ids, differentiable, and the handle to go on with."""
         self._check_current()
-        self._check_ids("ids", ids)
+        self._check_ids("ids", ids, new)
         self._store.load()
-        self._store.touch(ids)
-        self._store.reserve(self._store.extent)
+        self._store.touch(ids, new)
         rows, token = ReadRows.apply(self._opened(), ids, self._tape)  # type: ignore[no-untyped-call]
         return rows, self._next(token)
 
@@ -351,9 +363,10 @@ class Episode:
                 f" {rows.device}"
             )
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
+    def _check_ids(self, name: str, ids: Tensor, new: int | None) -> None:
         self._check_batch(name, ids)
-        self._store.check_ids(name, ids)
+        if new is None or not self._store.is_bounded:
+            self._store.check_ids(name, ids)
 
     def _check_batch(self, name: str, ids: Tensor) -> None:
         if ids.shape[0] != self.batch_size:

@@ -55,7 +55,7 @@ class BankStore(EpisodeStore):
             self.copied = pad(self.copied, (0, more), value=NONE)
             self.slots.of = pad(self.slots.of, (0, more), value=NONE)
 
-    def touch(self, ids: Int[Tensor, "B H S"]) -> None:
+    def touch(self, ids: Int[Tensor, "B H S"], new: int | None = None) -> None:
         """Nothing: positions are touched when they are handed out."""
 
     def positions(self, slots: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:

@@ -28,6 +28,7 @@ class Slots(ABC):
     """
 
     edition = 0  # the first lap is another one when this is
+    is_prefix = False  # position = slot, and the touched ones are the first
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -52,6 +53,8 @@ class Slots(ABC):
 
 class PrefixSlots(Slots):
     """Position = slot; slots are first used in the order of their ids."""
+
+    is_prefix = True
 
     @property
     def lap_length(self) -> int:

@@ -9,11 +9,13 @@ from torch import Tensor
 from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.indexes.ranking import top_k
 from sparsemem.indexes.sealed import SealedRows
+from sparsemem.memory import devices
 from sparsemem.memory.slots import Slots
 from sparsemem.memory.tape import Tape, flatten_ids
 from sparsemem.memory.usage import AccessOrder
 
 FIRST_CAPACITY = 64
+FULL = 0.75  # a table that is fuller grows, once the host has waited to know how full it is
 
 
 class EpisodeStore:
@@ -22,6 +24,9 @@ class EpisodeStore:
     A *position* is a place in the growing table of rows. Over a constant base, position i is
     slot i: the touched slots are always a prefix (docs/architecture.md). Rows behind the touched
     ones hold the base.
+
+    On a device the host does not see what is touched, and `extent` is what it can be at most: each
+    operation adds as much as it may touch. It is read back where the table would have to grow.
     """
 
     slots: Slots
@@ -35,20 +40,52 @@ class EpisodeStore:
         self.rows = rows  # [B, capacity, W]
         self.norms = inverse_norm(rows)  # of each row
         self.touched = torch.zeros(batch_size, dtype=torch.int64, device=rows.device)
-        self.extent = 0  # touched slots of the element that has most
+        self.extent = 0  # touched slots of the element that has most; on a device, at most
         self.order = AccessOrder(batch_size, slots, rows.device)
         self.order.grow(rows.shape[1])
         self.version = 0
         self.index_after = index_after
-        self.sealed = None if index_after is None else SealedRows(batch_size, width, index_after)
+        # On a device a search is a scan at any length.
+        indexed = index_after is not None and not devices.is_device(rows)
+        self.sealed = SealedRows(batch_size, width, index_after) if indexed else None
         self._spare: list[Tensor] = []  # gradient buffers, all zero
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether `extent` is a bound: the host does not see how many slots are touched."""
+        return self.has_prefix and devices.is_device(self.rows)
+
+    def exact_extent(self) -> int:
+        """Touched slots of the element that has most; on a device the host waits for that."""
+        if self.is_bounded:
+            self.extent = int(self.touched.max())
+        return self.extent
+
+    def visible(self, count: int) -> int:
+        """How many positions hold all touched ones and `count` more, or all; makes room for them.
+
+        The untouched ones among them stand for all untouched ones.
+        """
+        self.reserve(self.extent + count)
+        return min(self.extent + count, self.num_slots)
+
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` positions (twice as many as before, at least)."""
-        slots = min(slots, self.num_slots)
-        batch_size, old, width = self.rows.shape
-        if slots <= old:
+        """Make room for `slots` positions (twice as many as before, at least).
+
+        `slots` is `extent` and what comes behind it. Where that was a bound the host waits for the
+        extent itself, which is smaller from then on, and often nothing has to be done.
+        """
+        if min(slots, self.num_slots) <= self.rows.shape[1]:
             return
+        if self.is_bounded and not devices.is_capturing(self.rows):
+            bound = self.extent
+            slots -= bound - self.exact_extent()
+            if slots <= FULL * self.rows.shape[1]:
+                return
+        self._grow(min(slots, self.num_slots))
+
+    def _grow(self, slots: int) -> None:
+        batch_size, old, width = self.rows.shape
         capacity = min(max(slots, 2 * old), self.num_slots)
         rows = self.rows.new_full((batch_size, capacity, width), self.base)
         norms = inverse_norm(rows[:1, -1:]).repeat(batch_size, capacity)
@@ -56,11 +93,18 @@ class EpisodeStore:
         self.rows, self.norms = rows, norms
         self.order.grow(capacity)
 
-    def touch(self, ids: Int[Tensor, "B H S"]) -> None:
-        """Count positions as touched."""
+    def touch(self, ids: Int[Tensor, "B H S"], new: int | None = None) -> None:
+        """Count positions as touched, and make room for them.
+
+        `new` says that not more than so many of an episode's are beyond its touched ones.
+        """
         if ids.shape[2]:
             self.touched = torch.maximum(self.touched, ids.amax((1, 2)) + 1)
-            self.extent = int(self.touched.max())
+            if new is None or not self.is_bounded:
+                self.extent = int(self.touched.max())
+            else:
+                self.extent = min(self.extent + new, self.num_slots)
+        self.reserve(self.extent)
 
     def positions(self, slots: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
         """Positions of slots."""
@@ -68,12 +112,15 @@ class EpisodeStore:
 
     def least_recent(self, count: int) -> Int[Tensor, "B count"]:
         """Positions of the `count` least recently accessed slots."""
+        if self.is_bounded:
+            return self.order.scan(count, self.visible(count))
         return self.order.least_recent(count)
 
     def write(self, ids: Tensor, weights: Tensor, words: Tensor, erase: Tensor) -> None:
-        """Erase rows `erase` [B, E], then add weights [B, H, S] times words [B, H, W] at ids."""
-        self.touch(torch.cat([ids.flatten(1), erase], 1).unsqueeze(1))
-        self.reserve(self.extent)
+        """Erase rows `erase` [B, E], then add weights [B, H, S] times words [B, H, W] at ids.
+
+        All of them are touched.
+        """
         table, capacity = self.rows.view(-1, self.rows.shape[-1]), self.rows.shape[1]
         flat = flatten_ids(ids, capacity)
         erased = flatten_ids(erase, capacity)
@@ -91,8 +138,7 @@ class EpisodeStore:
         The first k untouched slots stand for the whole untouched base: they are equal, and
         have the lowest ids of all that are.
         """
-        visible = min(self.extent + k, self.num_slots)
-        self.reserve(visible)
+        visible = self.visible(k)
         scaled = queries * inverse_norm(queries).unsqueeze(-1)
         if self.sealed is not None and self.absorb():
             rows, norms = self.rows[:, :visible], self.norms[:, :visible]
@@ -151,7 +197,8 @@ class EpisodeStore:
         rows = self.rows.to(device, dtype, copy=True)
         copy = EpisodeStore(rows, self.slots, self.base, self.index_after)
         copy.touched = self.touched.to(device, copy=True)
-        copy.extent, copy.order = self.extent, self.order.to(device, copy.slots)
+        copy.extent = self.extent if copy.is_bounded else int(copy.touched.max())
+        copy.order = self.order.to(device, copy.slots)
         return copy
 
 

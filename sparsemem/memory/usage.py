@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sparsemem.memory import devices
 from sparsemem.memory.entries import Entries, totals
 from sparsemem.memory.slots import NONE, Slots
 
@@ -20,6 +21,10 @@ class AccessOrder:
     were, so the least recently accessed slots are the next entries of the lap that are
     still free. A used-up lap is replaced by sorting: amortised over accesses of nearly all
     slots, which have been touched by then.
+
+    On a device all this would make the host wait at every step: there `scan` looks at all
+    positions that have been touched, as the search does, and the laps stay as they began, which
+    is right at any time: where no entry of the first lap is left, the next lap is sorted.
     """
 
     def __init__(self, batch_size: int, slots: Slots, device: torch.device) -> None:
@@ -44,9 +49,20 @@ class AccessOrder:
 
     def mark(self, accesses: Entries) -> None:
         """Record one step's accesses [B, H, S]: positions of weights over delta for some head."""
-        when = torch.where(totals(accesses) > ACCESS_THRESHOLD, self.time, NONE)
+        # NONE where there is no access; a `where` of two numbers would be a transfer to a device.
+        when = (totals(accesses) > ACCESS_THRESHOLD).long().mul_(self.time - NONE).add_(NONE)
         self.last_access.scatter_reduce_(1, accesses.ids.flatten(1), when.flatten(1), "amax")
         self.time += 1
+
+    def scan(self, count: int, visible: int) -> Int[Tensor, "B count"]:
+        """What `least_recent` gives, where positions are slots; the host waits for nothing.
+
+        Of the first `visible` positions, which hold all that were touched and `count` more, or
+        all that there are: those of the smallest (last access, position).
+        """
+        positions = torch.arange(visible, device=self.last_access.device)
+        key = (self.last_access[:, :visible] - NONE) * visible + positions
+        return key.topk(count, largest=False).indices
 
     def least_recent(self, count: int) -> Int[Tensor, "B count"]:
         """The `count` least recently accessed slots, ties by id; never-accessed ones first.
@@ -108,7 +124,10 @@ class AccessOrder:
         """An independent copy on `device`, over a copy of the slots."""
         copy = AccessOrder(len(self.last_access), slots, device)
         copy.time, copy._edition = self.time, self._edition
+        copy.last_access = self.last_access.to(device, copy=True)
+        if slots.is_prefix and devices.is_device(copy.last_access):
+            return copy
         copy.lap = None if self.lap is None else self.lap.to(device, copy=True)
-        for name in ("last_access", "lap_start", "pointer", "kept"):
+        for name in ("lap_start", "pointer", "kept"):
             setattr(copy, name, getattr(self, name).to(device, copy=True))
         return copy

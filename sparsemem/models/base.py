@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparsemem.checks import check_finite, check_like, check_size
+from sparsemem.memory import devices
 from sparsemem.models.precision import is_autocast
 
 
@@ -136,4 +137,5 @@ class MemoryModel(nn.Module):
         mixed = is_autocast(input) and input.dtype == torch.get_autocast_dtype(input.device.type)
         if not mixed:
             check_like("input", input, self.output.weight)
-        check_finite("input", input)
+        if not devices.is_capturing(input):
+            check_finite("input", input)  # on a device: the one wait of a call

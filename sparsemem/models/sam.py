@@ -15,6 +15,7 @@ from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.indexes.metrics import cosine
 from sparsemem.kernels.sequence import Layers
+from sparsemem.memory import devices
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode, MemoryStep, check_bank
@@ -128,7 +129,8 @@ class SAMCell(Cell):
         num_heads: H.
         top_k: K, rows that a head reads.
         controller: factory of the controller, called with (input width, hidden_size).
-        index_after: touched rows beyond which a FAISS index is searched; None: never.
+        index_after: touched rows beyond which a FAISS index is searched; None, and on a device:
+            never.
         strength_bias, interpolation_bias: where beta and gamma start, before oneplus and sigmoid.
         bypass_dropout: chance in training that a controller output does not reach the output
             layer, which then has to rely on what was read (Franke et al. 2018, arXiv 1807.02658).
@@ -224,7 +226,7 @@ class SAMCell(Cell):
         self, input: Float[Tensor, "B T X"], state: Any
     ) -> tuple[Float[Tensor, "B n F"], Any] | None:
         """Several steps by kernels that hold the controller too, where that is this LSTM's."""
-        lstm = plain_lstm(self.controller)
+        lstm = None if devices.is_device(input) else plain_lstm(self.controller)
         if lstm is None or not self._is_plain(input, state):
             return None
         steps = state.episode.steps_at_once(state.read, self.top_k)
@@ -285,7 +287,7 @@ class SAMCell(Cell):
         interface = self._split(values)
         fresh = state.episode.least_recent(self.num_heads)
         write = write_entries(interface, state.read, fresh)
-        episode = state.episode.write(*write, interface.word, fresh)
+        episode = state.episode.write(*write, interface.word, fresh, new=self.num_heads)
         read, rows, episode = self._read(interface, state, write, episode)
         reads = (read.weights.unsqueeze(-1) * rows).sum(2).flatten(1)
         episode.mark_accessed(joined(write.detach(), read.detach()))
@@ -296,7 +298,7 @@ class SAMCell(Cell):
     ) -> tuple[Entries, Tensor, Episode]:
         """Read weights, the rows they weigh, and the episode to go on with."""
         ids = episode.search(interface.query, self.top_k)
-        rows, episode = episode.read(ids)
+        rows, episode = episode.read(ids, new=self.top_k)
         weights = content_weights(interface.query, interface.strength, rows)
         return Entries(ids, weights), rows, episode
 

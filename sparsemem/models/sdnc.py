@@ -94,7 +94,7 @@ class SDNCCell(SAMCell):
         self, interface: HeadInterface, state: Any, write: Entries, episode: Episode
     ) -> tuple[Entries, Tensor, Episode]:
         content_ids = episode.search(interface.query, self.top_k)
-        links, extent = state.links, max(episode.extent, self.top_k)
+        links, extent = state.links, max(episode.bound, self.top_k)
         last_read, slots = state.read.detach(), episode.slot_table
         with torch.no_grad():
             links.reserve(extent)
@@ -102,7 +102,8 @@ class SDNCCell(SAMCell):
             after = links.follow(links.follows, last_read, self.top_k, extent, slots)
             before = links.follow(links.precedes, last_read, self.top_k, extent, slots)
         ids = torch.cat([before.ids, content_ids, after.ids], -1)
-        rows, episode = episode.read(ids)
+        # Rows linked with nothing read are the first ones, as those without content are.
+        rows, episode = episode.read(ids, new=self.top_k)
         content_rows = rows[:, :, self.top_k : 2 * self.top_k]
         content = content_weights(interface.query, interface.strength, content_rows)
         last = state.read.weights.unsqueeze(-1)
