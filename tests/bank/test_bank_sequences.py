@@ -1,6 +1,7 @@
 """Random sequences of calls against a bank of dictionaries and loops."""
 
 import copy
+from functools import partial
 from unittest import mock
 
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemem.bank import MemoryBank, usage
+from tests.oracles.sharded import sharded, whole
 
 WIDTH = 2
 
@@ -157,14 +159,14 @@ def run(call, bank, loops):
 
 
 def assert_same(bank, loops):
-    book = bank.book
+    assert bank.stats()["num_live"] == len(loops.rows)  # first: a shard lets rows go when asked
+    book, keys = whole(bank)
     assert book.live.nonzero().flatten().tolist() == sorted(loops.rows)
     assert book.frozen.nonzero().flatten().tolist() == sorted(loops.frozen)
-    assert bank.stats()["num_live"] == len(loops.rows)
     assert bank.stats()["num_frozen"] == len(loops.frozen)
-    assert book.now == loops.clock
+    assert bank.stats()["clock"] == loops.clock
     for row in loops.rows:
-        assert bank.keys[row].tolist() == list(loops.rows[row])
+        assert keys[row].tolist() == list(loops.rows[row])
         assert book.last_access[row] == loops.last[row]
         assert book.accesses[row] == loops.count[row]
         assert book.tags[row] == loops.tags.get(row, 0)
@@ -178,10 +180,12 @@ def assert_same(bank, loops):
     st.sampled_from([1, 2, 64]),
     st.sampled_from([1, 2, 1024]),
     st.lists(CALL, max_size=40),
+    st.sampled_from([None, None, 1, 3, 4]),
 )
-def test_equals_dictionaries_and_loops(num_rows, metric, share, window, calls):
+def test_equals_dictionaries_and_loops(num_rows, metric, share, window, calls, num_shards):
     with mock.patch.object(usage, "SHARE", share), mock.patch.object(usage, "WINDOW", window):
-        bank = MemoryBank(num_rows, WIDTH, 1, metric=metric, dtype=torch.float64)
+        make = MemoryBank if num_shards is None else partial(sharded, min(num_shards, num_rows))
+        bank = make(num_rows, WIDTH, 1, metric=metric, dtype=torch.float64)
         loops = Loops(num_rows, metric)
         for call in calls:
             run(call, bank, loops)

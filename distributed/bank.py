@@ -1,0 +1,334 @@
+"""ShardedBank: the contract of a `MemoryBank` over the rows of many shards.
+
+Letters as in `sparsemem.bank.bank`; S shards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sparsemem.bank.arguments import (
+    check_bank_ids,
+    check_bank_queries,
+    check_table,
+    check_tags,
+    check_ttl,
+)
+from sparsemem.bank.bank import Hit
+from sparsemem.bank.book import NO_TAG
+from sparsemem.bank.rows import own, sparse_gradient
+from sparsemem.checks import check_at_most, check_known, check_size
+from sparsemem.distributed.merging import assembled, chosen, merged
+from sparsemem.distributed.placement import Part, Placement
+from sparsemem.distributed.shard import ShardFound
+from sparsemem.distributed.transport import Arguments, Transport
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.metrics import Metric
+
+
+class ShardedBank(nn.Module):
+    """N rows over S shards, found, written and trained as those of one `MemoryBank`.
+
+    Row id lives on shard id % S. `keys` and `values` are parameters of the tables' shapes that
+    hold no rows: their gradients are sparse, and `sparsemem.optim` sends them to the shards.
+
+    Args:
+        shards: how they are reached. Each holds its share of the rows (`Placement.rows_of`).
+        num_rows, width, value_width, metric, dtype: as the shards' banks have them.
+    """
+
+    def __init__(
+        self,
+        shards: Transport,
+        num_rows: int,
+        width: int,
+        value_width: int | None = None,
+        *,
+        metric: str = "cosine",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.placement = Placement.of(num_rows, shards.num_shards)
+        self.num_rows, self.width, self.value_width = num_rows, width, value_width
+        check_known("metric", metric, [str(known) for known in Metric])
+        self.metric, self.shards = Metric(metric), shards
+        self.computing_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.keys = rowless(self, num_rows, width, dtype)
+        self.values = None if value_width is None else rowless(self, num_rows, value_width, dtype)
+        self.clock = 0
+
+    def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
+        """The top_k best live rows of each query; as `MemoryBank.read`."""
+        check_bank_queries(queries, self.width, self.keys.device)
+        check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
+        flat = queries.reshape(-1, self.width).to(self.computing_dtype)
+        time = self._tick()
+        parts = self._ask("find", (flat.detach(), top_k, time))
+        found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
+        rows, values = self._fetched(parts, found.ids)
+        self._mark(found.ids, time)
+        with torch.autocast(self.keys.device.type, enabled=False):
+            scored = (self.keys, flat, found.ids, found.scores, rows, self, time)
+            rows, scores = FetchedRows.apply(*scored)  # type: ignore[no-untyped-call]
+            if values is None:
+                values = rows
+            else:
+                fetched = (self.values, found.ids, values, self, time)
+                values = FetchedValues.apply(*fetched)  # type: ignore[no-untyped-call]
+        shape = queries.shape[:-1]
+        return Hit(*(x.view(*shape, *x.shape[1:]) for x in (rows, values, scores, found.ids)))
+
+    forward = read
+
+    def append(
+        self,
+        rows: Float[Tensor, "n W"],
+        values: Float[Tensor, "n V"] | None = None,
+        *,
+        tags: int | Int[Tensor, " n"] | None = None,
+        ttl: int | None = None,
+    ) -> Int[Tensor, " n"]:
+        """Store new rows; returns their ids. As `MemoryBank.append`."""
+        rows = check_table("rows", rows, None, self.width, self.keys)
+        values = self._checked_values(values, len(rows))
+        new_tags = check_tags(NO_TAG if tags is None else tags, len(rows), self.keys.device)
+        ttl, count = check_ttl(ttl), len(rows)
+        offers = self._ask("offer", (count, self.clock + 1))
+        limit = sum(able for _, able in offers)
+        check_at_most("len(rows)", count, "num_rows - frozen rows", limit)
+        time = self._tick()
+        ids = chosen(self.placement, [offer for offer, _ in offers], count)
+        parts = self.placement.split(ids)
+        self._ask_owners(
+            "take",
+            parts,
+            lambda part: (rows[part.places], picked(values, part), new_tags[part.places], ttl),
+            time,
+        )
+        return ids
+
+    def write(
+        self,
+        ids: Int[Tensor, " n"],
+        rows: Float[Tensor, "n W"] | None = None,
+        values: Float[Tensor, "n V"] | None = None,
+        *,
+        tags: int | Int[Tensor, " n"] | None = None,
+        ttl: int | None = None,
+    ) -> None:
+        """Overwrite rows; as `MemoryBank.write`."""
+        check_bank_ids(ids, self.num_rows, self.keys.device)
+        if rows is None and values is None and tags is None and ttl is None:
+            raise ValueError("nothing to write, expected rows, values, tags or ttl")
+        if rows is not None:
+            rows = check_table("rows", rows, len(ids), self.width, self.keys)
+        values = self._checked_values(values, len(ids))
+        new_tags = None if tags is None else check_tags(tags, len(ids), self.keys.device)
+        check_ttl(ttl)
+        parts = self.placement.split(ids)
+        if rows is None:
+            self._check_live(ids, parts, "expected rows to write there")
+        given = {"rows": rows, "values": values, "tags": new_tags}
+
+        def arguments(part: Part) -> Arguments:
+            return ({"ttl": ttl} | {name: picked(x, part) for name, x in given.items()},)
+
+        self._ask_owners("write_at", parts, arguments, self._tick())
+
+    def remove(
+        self, ids: Int[Tensor, " n"] | None = None, *, tag: int | None = None
+    ) -> Int[Tensor, " removed"]:
+        """Take rows out, by id or all those of a tag; as `MemoryBank.remove`."""
+        if (ids is None) == (tag is None):
+            raise ValueError(f"ids is {ids} and tag is {tag}, expected one of them")
+        if tag is not None:
+            check_size("tag", tag, 1)
+            gone = self._ask("remove_at", (None, tag, self.clock))
+        else:
+            assert ids is not None
+            check_bank_ids(ids, self.num_rows, self.keys.device)
+            parts = self.placement.split(ids)
+            each = [(part.local, None, self.clock) for part in parts]
+            gone = self.shards.ask("remove_at", each)
+        removed = [self.placement.ids(shard, local) for shard, local in enumerate(gone)]
+        return torch.cat(removed).sort().values if ids is None else in_order(ids, removed)
+
+    def expire(self) -> None:
+        """Take out rows whose time to live is over."""
+        self._ask("expire_at", (self.clock,))
+
+    def freeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
+        """From now on rows take no gradient and do not give way to new ones. None: all live."""
+        if ids is not None:
+            check_bank_ids(ids, self.num_rows, self.keys.device)
+            self._check_live(ids, self.placement.split(ids), "only live rows can be frozen")
+        self._set_frozen(ids, True)
+
+    def unfreeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
+        """Undo `freeze`. None: of all rows."""
+        if ids is not None:
+            check_bank_ids(ids, self.num_rows, self.keys.device)
+        self._set_frozen(ids, False)
+
+    def gather(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S W"]:
+        """Keys at ids (-1: zeros); differentiable. Not an access."""
+        rows = self._gathered("rows_at", ids.flatten()).view(*ids.shape, self.width)
+        return FetchedValues.apply(  # type: ignore[no-untyped-call, no-any-return]
+            self.keys, ids, rows, self, self.clock
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Figures to watch: sums over the shards, `clock`, and `shards`, those of each.
+
+        recall: the lowest of all shards.
+        """
+        each = self._ask("stats_at", (self.clock,))
+        summed = ("num_rows", "num_live", "num_frozen", "table_bytes", "bytes", "buffered")
+        totals = {name: sum(stats[name] for stats in each) for name in summed}
+        recall = min(stats["recall"] for stats in each)
+        return {**totals, "recall": recall, "clock": self.clock, "shards": each}
+
+    def is_trainable(self, ids: Int[Tensor, " n"], since: int | None = None) -> Bool[Tensor, " n"]:
+        """Which rows take gradients, of what was read at time `since`."""
+        time = self.clock if since is None else since
+        parts = self.placement.split(ids)
+        answers = self.shards.ask("trainable_of", [(part.local, time) for part in parts])
+        return assembled(parts, answers, len(ids))
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self.shards.close()
+
+    def _tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def _ask(self, operation: str, arguments: Arguments) -> list[Any]:
+        return self.shards.ask(operation, [arguments] * self.placement.num_shards)
+
+    def _ask_owners(self, operation: str, parts: list[Part], arguments: Any, time: int) -> None:
+        """Ask those that own some of the rows."""
+        each = [(part.local, *arguments(part), time) if len(part.local) else None for part in parts]
+        self.shards.ask(operation, each)
+
+    def _gathered(self, operation: str, ids: Tensor) -> Tensor:
+        parts = self.placement.split(ids)
+        rows = self.shards.ask(operation, [(part.local,) for part in parts])
+        return assembled(parts, rows, len(ids))
+
+    def _mark(self, ids: Tensor, time: int) -> None:
+        parts = self.placement.split(ids.flatten())
+        self.shards.tell("mark", [(p.local, time) if len(p.local) else None for p in parts])
+
+    def _fetched(self, parts: list[ShardFound], ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows and values of the rows that are left of what the shards found."""
+        owner, tables = self.placement.owner(ids), []
+        local = self.placement.local(ids)
+        for name in ("rows", "values"):
+            each = [getattr(part, name) for part in parts]
+            if each[0] is None:
+                return tables[0], None
+            table = each[0].new_zeros(*ids.shape, each[0].shape[2])
+            for shard, (part, rows) in enumerate(zip(parts, each, strict=True)):
+                query, place = (owner == shard).nonzero(as_tuple=True)
+                if len(query):
+                    same = part.ids[query] == local[query, place].unsqueeze(1)
+                    table[query, place] = rows[query, same.to(torch.uint8).argmax(1)]
+            tables.append(table)
+        return tables[0], tables[1]
+
+    def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
+        if ids is None:
+            self._ask("freeze_at", (None, frozen))
+            return
+        each = [(p.local, frozen) if len(p.local) else None for p in self.placement.split(ids)]
+        self.shards.ask("freeze_at", each)
+
+    def _check_live(self, ids: Tensor, parts: list[Part], what: str) -> None:
+        live = assembled(parts, self.shards.ask("live_of", [(p.local,) for p in parts]), len(ids))
+        if not live.all():
+            raise ValueError(f"ids holds {int(ids[~live][0])}, which is not live: {what}")
+
+    def _checked_values(self, values: Tensor | None, count: int) -> Tensor | None:
+        if values is None:
+            return None
+        if self.values is None or self.value_width is None:
+            raise ValueError("values is given, expected None: this bank's keys are its values")
+        return check_table("values", values, count, self.value_width, self.values)
+
+
+def rowless(bank: ShardedBank, num_rows: int, width: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of a table's shape that holds one number: its rows are elsewhere."""
+    return own(nn.Parameter(torch.zeros((), dtype=dtype).expand(num_rows, width)), bank)  # type: ignore[arg-type]
+
+
+def picked(table: Tensor | None, part: Part) -> Tensor | None:
+    """A shard's share of rows."""
+    return None if table is None else table[part.places]
+
+
+def in_order(ids: Tensor, removed: list[Tensor]) -> Tensor:
+    """Those of `ids` that were removed, in their order."""
+    return ids[torch.isin(ids, torch.cat(removed))]
+
+
+class FetchedRows(torch.autograd.Function):
+    """Rows and scores that shards sent, in the graph: as `sparsemem.bank.rows.ScoredRows`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        queries: Tensor,
+        ids: Tensor,
+        scores: Tensor,
+        rows: Tensor,
+        bank: ShardedBank,
+        time: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [Q, K, W] and their scores [Q, K]."""
+        rows, scores = rows.clone(), scores.clone()  # outputs of their own
+        ctx.save_for_backward(ids, queries, rows, scores)
+        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, time
+        ctx.set_materialize_grads(False)
+        return rows, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, by_score: Tensor | None) -> Any:
+        """That of the table is sparse, with one entry for each trainable row that was read."""
+        ids, queries, rows, scores = ctx.saved_tensors
+        of_queries = None
+        if by_score is not None:
+            missing = ids < 0
+            by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
+            of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
+            gradient = of_rows if gradient is None else of_rows.add_(gradient)
+        if gradient is None:  # nothing depends on either
+            gradient = torch.zeros_like(rows)
+        return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None, None
+
+
+class FetchedValues(torch.autograd.Function):
+    """Rows of a table that shards sent, in the graph: as `sparsemem.bank.rows.GatherRows`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, ids: Tensor, rows: Tensor, bank: ShardedBank, time: int
+    ) -> Tensor:
+        """The rows."""
+        ctx.save_for_backward(ids)
+        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, time
+        return rows.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """A sparse COO tensor with one entry for each trainable row that was read."""
+        (ids,) = ctx.saved_tensors
+        return sparse_gradient(ctx, ids, gradient), None, None, None, None
