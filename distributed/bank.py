@@ -5,7 +5,8 @@ Letters as in `sparsemem.bank.bank`; S shards.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +25,7 @@ from sparsemem.bank.book import NO_TAG
 from sparsemem.bank.rows import own, sparse_gradient
 from sparsemem.checks import check_at_most, check_known, check_size
 from sparsemem.distributed.merging import assembled, chosen, merged
-from sparsemem.distributed.placement import Part, Placement
+from sparsemem.distributed.placement import MISSING, Part, Placement
 from sparsemem.distributed.shard import ShardFound
 from sparsemem.distributed.transport import Arguments, Transport
 from sparsemem.indexes.base import Found
@@ -97,20 +98,33 @@ class ShardedBank(nn.Module):
         rows = check_table("rows", rows, None, self.width, self.keys)
         values = self._checked_values(values, len(rows))
         new_tags = check_tags(NO_TAG if tags is None else tags, len(rows), self.keys.device)
-        ttl, count = check_ttl(ttl), len(rows)
-        offers = self._ask("offer", (count, self.clock + 1))
+        new = NewRows(rows, values, new_tags)
+        ids = torch.full((len(rows),), MISSING)
+        places = torch.arange(len(rows))
+        time = 0
+        while not time or len(places):  # again, where others took rows in between
+            ids[places], time = self._appended(new.at(places), check_ttl(ttl), time)
+            places = places[ids[places] == MISSING]
+        return ids
+
+    def _appended(self, new: NewRows, ttl: int, time: int) -> tuple[Tensor, int]:
+        """Ids of the new rows (-1 where somebody else took the row), and the call's time."""
+        count = len(new.rows)
+        offers = self._ask("offer", (count, time or self.clock + 1))
         limit = sum(able for _, able in offers)
         check_at_most("len(rows)", count, "num_rows - frozen rows", limit)
-        time = self._tick()
-        ids = chosen(self.placement, [offer for offer, _ in offers], count)
+        time = time or self._tick()
+        ids, last_access = chosen(self.placement, [offer for offer, _ in offers], count)
         parts = self.placement.split(ids)
-        self._ask_owners(
-            "take",
-            parts,
-            lambda part: (rows[part.places], picked(values, part), new_tags[part.places], ttl),
-            time,
-        )
-        return ids
+
+        def arguments(part: Part) -> Arguments:
+            return (*new.at(part.places), ttl, last_access[part.places])
+
+        answers = self._ask_owners("take", parts, arguments, time)
+        for part, done in zip(parts, answers, strict=True):
+            if done is False:
+                ids[part.places] = MISSING
+        return ids, time
 
     def write(
         self,
@@ -211,10 +225,12 @@ class ShardedBank(nn.Module):
     def _ask(self, operation: str, arguments: Arguments) -> list[Any]:
         return self.shards.ask(operation, [arguments] * self.placement.num_shards)
 
-    def _ask_owners(self, operation: str, parts: list[Part], arguments: Any, time: int) -> None:
+    def _ask_owners(
+        self, operation: str, parts: list[Part], arguments: Callable[[Part], Arguments], time: int
+    ) -> list[Any]:
         """Ask those that own some of the rows."""
         each = [(part.local, *arguments(part), time) if len(part.local) else None for part in parts]
-        self.shards.ask(operation, each)
+        return self.shards.ask(operation, each)
 
     def _gathered(self, operation: str, ids: Tensor) -> Tensor:
         parts = self.placement.split(ids)
@@ -260,6 +276,18 @@ class ShardedBank(nn.Module):
         if self.values is None or self.value_width is None:
             raise ValueError("values is given, expected None: this bank's keys are its values")
         return check_table("values", values, count, self.value_width, self.values)
+
+
+class NewRows(NamedTuple):
+    """What `append` stores."""
+
+    rows: Float[Tensor, "n W"]
+    values: Float[Tensor, "n V"] | None
+    tags: Int[Tensor, " n"]
+
+    def at(self, places: Int[Tensor, " m"]) -> NewRows:
+        """Some of them."""
+        return NewRows(*(None if part is None else part[places] for part in self))  # type: ignore[arg-type]
 
 
 def rowless(bank: ShardedBank, num_rows: int, width: int, dtype: torch.dtype) -> nn.Parameter:

@@ -44,8 +44,15 @@ def assembled(parts: Sequence[Part], rows: Sequence[Tensor], count: int) -> Tens
     return result
 
 
-def chosen(placement: Placement, offers: Sequence[Offer], count: int) -> Int[Tensor, " n"]:
-    """The ids that come first of all offers, as one bank would choose them.
+class Chosen(NamedTuple):
+    """Rows for new ones, and when they were used last as the offers have it."""
+
+    ids: Int[Tensor, " n"]
+    last_access: Int[Tensor, " n"]
+
+
+def chosen(placement: Placement, offers: Sequence[Offer], count: int) -> Chosen:
+    """The rows that come first of all offers, as one bank would choose them.
 
     Never used rows by id, then removed ones by id, then live ones by (last access, id). Each
     shard's first `count` rows have to be among its offer, or all it has.
@@ -53,8 +60,8 @@ def chosen(placement: Placement, offers: Sequence[Offer], count: int) -> Int[Ten
     ids = torch.cat([placement.ids(shard, offer.local) for shard, offer in enumerate(offers)])
     rank = torch.cat([offer.rank for offer in offers])
     access = torch.cat([offer.last_access for offer in offers])
-    access = torch.where(rank == 2, access, 0)
     order = ids.argsort(stable=True)
-    for key in (access, rank):  # stable sorts, from the least key to the greatest
+    for key in (torch.where(rank == 2, access, 0), rank):  # stable sorts, least key to greatest
         order = order[key[order].argsort(stable=True)]
-    return ids[order[:count]]
+    order = order[:count]
+    return Chosen(ids[order], access[order])

@@ -80,16 +80,24 @@ class ShardBank(MemoryBank):
         values: Float[Tensor, "n V"] | None,
         tags: Int[Tensor, " n"],
         ttl: int,
+        last_access: Int[Tensor, " n"],
         time: int,
-    ) -> None:
-        """New rows at ids that were chosen of what was offered."""
+    ) -> bool:
+        """New rows at ids that were chosen of what was offered.
+
+        False, and nothing done, if one of them was used since (its last access is another):
+        somebody else appended or wrote between the offer and this.
+        """
         self._reach(time - 1)
         with self._changing():
+            if not torch.equal(self.book.last_access.index_select(0, ids), last_access):
+                return False
             self._reach(time)
             if values is None and self.values is not None:
                 values = self.values.new_zeros(len(rows), self.values.shape[1])
             expiry = torch.full_like(ids, self.book.now + ttl + 1 if ttl else FOREVER)
             self._put(ids, rows, values, tags, expiry, anew=True)
+        return True
 
     def write_at(self, ids: Int[Tensor, " n"], given: dict[str, Any], time: int) -> None:
         """`write`, as the call at `time`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sparsemem.distributed.shard import ShardBank
+from sparsemem.distributed.calls import Call
+from sparsemem.distributed.server import CHANGES, ShardServer
 
 Arguments = tuple[Any, ...]
 
@@ -19,7 +20,7 @@ class Transport(Protocol):
         """S."""
 
     def ask(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Any]:
-        """One call of each shard's `operation`, all under way at once; what they return, in order.
+        """One call of each shard's `operation`, all under way at once; what they answer, in order.
 
         None instead of arguments: that shard is not asked, and None stands for its answer.
         """
@@ -31,22 +32,44 @@ class Transport(Protocol):
         """Let go of the shards."""
 
 
+class Numbering:
+    """Numbers the changes that one client asks each shard for: 1, 2, 3, ..."""
+
+    def __init__(self, client: str, num_shards: int) -> None:
+        self._client, self._last = client, [0] * num_shards
+
+    def calls(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Call | None]:
+        """One call for each shard that is asked."""
+        return [
+            None if given is None else self._call(shard, operation, given)
+            for shard, given in enumerate(arguments)
+        ]
+
+    def _call(self, shard: int, operation: str, arguments: Arguments) -> Call:
+        if operation not in CHANGES:
+            return Call(operation, arguments)
+        self._last[shard] += 1
+        return Call(operation, arguments, self._client, self._last[shard])
+
+
 class LocalShards:
     """Shards in this process: for tests, and to look at what a checkpoint of many shards holds."""
 
-    def __init__(self, shards: Sequence[ShardBank]) -> None:
-        self.shards = list(shards)
+    def __init__(self, servers: Sequence[ShardServer], client: str = "local") -> None:
+        self.servers = list(servers)
+        self._numbering = Numbering(client, len(self.servers))
 
     @property
     def num_shards(self) -> int:
         """S."""
-        return len(self.shards)
+        return len(self.servers)
 
     def ask(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Any]:
         """One after another."""
+        calls = self._numbering.calls(operation, arguments)
         return [
-            None if given is None else getattr(shard, operation)(*given)
-            for shard, given in zip(self.shards, arguments, strict=True)
+            None if call is None else server.call(call)
+            for server, call in zip(self.servers, calls, strict=True)
         ]
 
     def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
@@ -55,5 +78,5 @@ class LocalShards:
 
     def close(self) -> None:
         """Stop what runs in the background."""
-        for shard in self.shards:
-            shard.close()
+        for server in self.servers:
+            server.close()

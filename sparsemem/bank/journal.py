@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
@@ -39,6 +39,10 @@ class Kind(IntEnum):
     DROP = 2  # rows are gone
     FLAG = 3  # rows are frozen or not: `frozen`
     NEW = 4  # as PUT, and they are other rows than those that were there
+    CALL = 5  # not in a bank's log: what a shard of a sharded bank was asked
+
+
+BANK_KINDS = frozenset(Kind) - {Kind.CALL}
 
 
 class Journal(Protocol):
@@ -192,8 +196,8 @@ class LogReader:
     crash leaves of an operation that never returned. Anything else that is wrong is damage.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kinds: Collection[Kind] = BANK_KINDS) -> None:
+        self.path, self._kinds = path, kinds
         self.end = 0  # where the whole records end
         self.sequence = 0  # of the record that would come next
         self.torn = 0  # bytes of a torn tail
@@ -226,7 +230,7 @@ class LogReader:
             raise self._damaged("its contents do not match their checksum")
         if self.end and sequence != self.sequence:
             raise self._damaged(f"it has number {sequence}, expected {self.sequence}")
-        if kind not in set(Kind) or (kind == Kind.START) != (self.end == 0):
+        if kind not in self._kinds or (kind == Kind.START) != (self.end == 0):
             raise self._damaged(f"it is of kind {kind}, which does not belong there")
         try:
             arrays = safetensors.torch.load(payload)

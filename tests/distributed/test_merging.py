@@ -68,4 +68,6 @@ def test_chosen_as_by_one_bank(rows, num_shards, count):
         values = [[id // num_shards for id in own], *([rows[id][i] for id in own] for i in (0, 1))]
         offers.append(Offer(*(torch.tensor(value, dtype=torch.int64) for value in values)))
     expected = sorted(range(len(rows)), key=key)[:count]
-    assert chosen(placement, offers, count).tolist() == expected
+    found = chosen(placement, offers, count)
+    assert found.ids.tolist() == expected
+    assert found.last_access.tolist() == [rows[id][1] for id in expected]

@@ -7,6 +7,7 @@ import torch
 from sparsemem.bank.book import COLUMNS
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.placement import Placement
+from sparsemem.distributed.server import ShardServer
 from sparsemem.distributed.shard import ShardBank
 from sparsemem.distributed.transport import LocalShards
 
@@ -14,13 +15,15 @@ from sparsemem.distributed.transport import LocalShards
 def sharded(num_shards, num_rows, width, value_width=None, *, metric="cosine", **options):
     """A `ShardedBank` like `MemoryBank(num_rows, ...)`, its shards in this process."""
     placement = Placement.of(num_rows, num_shards)
-    shards = [
-        ShardBank(placement.rows_of(shard), width, value_width, metric=metric, **options)
+    servers = [
+        ShardServer(
+            ShardBank(placement.rows_of(shard), width, value_width, metric=metric, **options)
+        )
         for shard in range(num_shards)
     ]
     dtype = options.get("dtype", torch.float32)
     return ShardedBank(
-        LocalShards(shards), num_rows, width, value_width, metric=metric, dtype=dtype
+        LocalShards(servers), num_rows, width, value_width, metric=metric, dtype=dtype
     )
 
 
@@ -28,7 +31,7 @@ def whole(bank):
     """The book of all rows, column by column, and all keys, by the rows' ids."""
     if not isinstance(bank, ShardedBank):
         return bank.book, bank.keys
-    shards = bank.shards.shards
+    shards = [server.bank for server in bank.shards.servers]
 
     def column(parts):
         table = parts[0].new_empty(bank.num_rows, *parts[0].shape[1:])

@@ -1,0 +1,202 @@
+"""ShardServer: who answers for a shard. Each change once, and none lost with the process.
+
+A change that has been answered is in the log; one that is repeated, because its answer was lost,
+is answered again and not done again. After a crash a server is made from the last checkpoint and
+the calls of the log, in their order: the same calls give the same rows, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sparsemem.bank.errors import BankError
+from sparsemem.checks import check_known
+from sparsemem.distributed.calls import Call, CallLog, from_arrays, to_arrays
+from sparsemem.distributed.shard import ShardBank
+from sparsemem.files import write_synced
+from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
+from sparsemem.optim.base import RowOptimizer
+
+CHANGES = ("take", "write_at", "remove_at", "freeze_at", "step")  # logged, and done once
+LOOKS = ("find", "rows_at", "offer", "live_of", "trainable_of", "stats_at", "expire_at", "mark")
+OPTIMISERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowAdam, RowAdamW)}
+BANK, STATE = "bank", "state.safetensors"  # of a checkpoint
+
+Gradients = dict[str, tuple[Tensor, Tensor]]  # ids [n] and values [n, W] of a table, by its name
+
+
+class Answer(NamedTuple):
+    """What a client was told last."""
+
+    sequence: int
+    value: Any
+    error: str | None  # a ValueError's message: the call was refused and changed nothing
+
+
+class ShardServer:
+    """A shard, its row optimisers, and what its clients were told.
+
+    Args:
+        bank: the rows.
+        log: where changes are written down first; None: nothing outlives the process.
+    """
+
+    def __init__(self, bank: ShardBank, log: CallLog | None = None) -> None:
+        self.bank, self._log = bank, log
+        self._answers: dict[str, Answer] = {}
+        self._optimisers: dict[str, RowOptimizer] = {}
+        self._pushed: dict[str, dict[int, Gradients]] = {}
+        self._marks: list[tuple[Tensor, int]] = []  # accesses since the last call in the log
+
+    def call(self, call: Call) -> Any:
+        """Do what a client asks for, or repeat what it was told."""
+        check_known("operation", call.operation, CHANGES + LOOKS)
+        if call.operation == "mark":
+            self._marks.append(call.arguments)  # type: ignore[arg-type]
+        if call.operation in LOOKS:
+            return getattr(self.bank, call.operation)(*call.arguments)
+        known = self._answers.get(call.client)
+        if call.sequence == (1 if known is None else known.sequence + 1):
+            self._write_down(call)
+            known = self._change(call)
+        elif known is None or call.sequence != known.sequence:
+            raise BankError(
+                f"change {call.sequence} of client {call.client!r} comes after its change"
+                f" {known.sequence if known else 0}: expected that one again, or the next"
+            )
+        if known.error is not None:
+            raise ValueError(known.error)
+        return known.value
+
+    def step(
+        self,
+        name: str,
+        kind: str,
+        options: dict[str, Any],
+        gradients: Gradients,
+        worker: int = 0,
+        num_workers: int = 1,
+    ) -> None:
+        """A step of optimiser `name`, once the gradients of all workers are there.
+
+        They are added up in the order of the workers, whoever came first.
+        """
+        pushed = self._pushed.setdefault(name, {})
+        pushed[worker] = gradients
+        if len(pushed) < num_workers:
+            return
+        del self._pushed[name]
+        optimiser = self._optimiser(name, kind)
+        for group in optimiser.param_groups:
+            group.update(options)
+        tables = {"keys": self.bank.keys, "values": self.bank.values}
+        for table_name, table in tables.items():
+            parts = [
+                pushed[number][table_name]
+                for number in sorted(pushed)
+                if table_name in pushed[number]
+            ]
+            if table is not None and parts:
+                table.grad = gradient_of(table, parts)
+        try:
+            optimiser.step()
+        finally:
+            self.bank.zero_grad()
+
+    def checkpoint(self, path: Path) -> None:
+        """Write all of it into a new folder. Not between the gradients of one step."""
+        if self._pushed:
+            raise BankError("a checkpoint cannot be made in the middle of an optimiser's step")
+        self.bank.save(path / BANK)
+        written = self.bank.book.written.nonzero().squeeze(1)
+        state = {
+            # A bank's folder leaves it out: nobody's gradients outlive it there. Here they do.
+            "written": (written, self.bank.book.written[written], self.bank.book.last_written),
+            "answers": {client: tuple(answer) for client, answer in self._answers.items()},
+            "optimisers": {
+                name: (type(optimiser).__name__, state_of(optimiser))
+                for name, optimiser in self._optimisers.items()
+            },
+        }
+        write_synced(path / STATE, safetensors.torch.save(to_arrays(state)))
+
+    @classmethod
+    def restored(cls, path: Path, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
+        """From a checkpoint and the calls that came after it."""
+        server = cls(ShardBank.load(path / BANK))
+        try:
+            state = from_arrays(safetensors.torch.load((path / STATE).read_bytes()))
+            ids, times, server.bank.book.last_written = state["written"]
+            server.bank.book.written.index_copy_(0, ids, times)
+            for client, answer in state["answers"].items():
+                server._answers[client] = Answer(*answer)
+            for name, (kind, saved) in state["optimisers"].items():
+                server._optimiser(name, kind).load_state_dict(loadable(saved))
+        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+            raise BankError(f"{path / STATE} is not a shard's state: {error}") from error
+        for call in calls:
+            server._replay(call)
+        server._log = log
+        return server
+
+    def close(self) -> None:
+        """Stop what runs in the background, and let go of the log."""
+        self.bank.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _write_down(self, call: Call) -> None:
+        if self._log is None:
+            self._marks.clear()
+            return
+        if self._marks:
+            self._log.append(Call("marks", (list(self._marks),)))
+            self._marks.clear()
+        self._log.append(call)
+
+    def _replay(self, call: Call) -> None:
+        if call.operation == "marks":
+            for ids, time in call.arguments[0]:
+                self.bank.mark(ids, time)
+        else:
+            self._change(call)
+
+    def _change(self, call: Call) -> Answer:
+        do = self.step if call.operation == "step" else getattr(self.bank, call.operation)
+        try:
+            answer = Answer(call.sequence, do(*call.arguments), None)
+        except ValueError as error:
+            answer = Answer(call.sequence, None, str(error))
+        self._answers[call.client] = answer
+        return answer
+
+    def _optimiser(self, name: str, kind: str) -> RowOptimizer:
+        if name not in self._optimisers:
+            check_known("optimiser", kind, list(OPTIMISERS))
+            self._optimisers[name] = OPTIMISERS[kind](self.bank.tables)
+        return self._optimisers[name]
+
+
+def gradient_of(table: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """A table's row-sparse gradient, entries in the order of the parts."""
+    ids, values = (torch.cat(each) for each in zip(*parts, strict=True))
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), values.to(table.dtype), table.shape, check_invariants=False
+    )
+
+
+def state_of(optimiser: RowOptimizer) -> dict[str, Any]:
+    """A state_dict, with strings as keys."""
+    saved = optimiser.state_dict()
+    return {**saved, "state": {str(key): state for key, state in saved["state"].items()}}
+
+
+def loadable(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict again."""
+    return {**saved, "state": {int(key): state for key, state in saved["state"].items()}}

@@ -1,0 +1,140 @@
+"""Each change is done once, and a crash loses none that was answered."""
+
+import pytest
+import torch
+
+from sparsemem.bank.errors import BankError, DamagedError
+from sparsemem.distributed.calls import Call, CallLog
+from sparsemem.distributed.server import ShardServer
+from sparsemem.distributed.shard import ShardBank
+
+SHARD = "ab" * 16
+
+
+def bank():
+    return ShardBank(8, 2, 1, metric="ip", dtype=torch.float64)
+
+
+def put(ids, value, sequence, client="one", time=None):
+    rows = torch.full((len(ids), 2), float(value), dtype=torch.float64)
+    given = {"rows": rows, "values": rows[:, :1], "tags": None, "ttl": None}
+    arguments = (torch.tensor(ids), given, time or sequence)
+    return Call("write_at", arguments, client, sequence)
+
+
+def step(ids, value, sequence, worker=0, num_workers=1, kind="RowAdam"):
+    gradient = torch.full((len(ids), 2), float(value), dtype=torch.float64)
+    gradients = {"keys": (torch.tensor(ids), gradient)}
+    arguments = ("main", kind, {"lr": 0.1}, gradients, worker, num_workers)
+    return Call("step", arguments, f"worker {worker}", sequence)
+
+
+def same(one, other):
+    for name, table in one.bank.state_dict().items():
+        assert torch.equal(table, other.bank.state_dict()[name]), name
+
+
+def test_a_repeated_change_is_answered_and_not_done_again():
+    server = ShardServer(bank())
+    server.call(put([1, 2], 1, 1))
+    removed = Call("remove_at", (torch.tensor([2, 3]), None, 1), "one", 2)
+    assert server.call(removed).tolist() == [2]
+    assert server.call(removed).tolist() == [2]  # now nothing would be there to remove
+    server.call(step([1], 1.0, 1))
+    once = server.bank.keys[1].tolist()
+    server.call(step([1], 1.0, 1))
+    assert server.bank.keys[1].tolist() == once
+    server.call(step([1], 1.0, 2))
+    assert server.bank.keys[1].tolist() != once
+
+
+def test_a_refused_change_is_refused_again_and_changes_nothing():
+    server = ShardServer(bank())
+    refused = Call("freeze_at", (torch.tensor([5]), True), "one", 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ids holds 5, which is not live"):
+            server.call(refused)
+    server.call(put([5], 1, 2))
+    assert server.bank.book.live.nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("sequence", [1, 2, 5])
+def test_a_change_out_of_its_order_is_refused(sequence):
+    server = ShardServer(bank())
+    for number in (1, 2, 3):
+        server.call(put([number], number, number))
+    with pytest.raises(BankError, match=f"change {sequence} of client 'one' comes after"):
+        server.call(put([7], 1, sequence))
+    assert not server.bank.book.live[7]
+
+
+def test_clients_are_numbered_apart_and_unknown_operations_refused():
+    server = ShardServer(bank())
+    server.call(put([1], 1, 1, "one"))
+    server.call(put([2], 2, 1, "two"))
+    assert server.bank.book.live.nonzero().flatten().tolist() == [1, 2]
+    with pytest.raises(ValueError, match="operation is 'close', known: "):
+        server.call(Call("close", ()))
+
+
+def test_a_step_waits_for_all_workers_and_adds_in_their_order():
+    server, alone = ShardServer(bank()), ShardServer(bank())
+    for each in (server, alone):
+        each.call(put([0, 1, 2], 1, 1))
+    before = server.bank.keys.clone()
+    server.call(step([0, 1], 1e16, 1, worker=1, num_workers=2, kind="RowSGD"))
+    assert torch.equal(server.bank.keys, before)
+    server.call(step([1, 2], 1.0, 1, worker=0, num_workers=2, kind="RowSGD"))
+    both = torch.tensor([[1.0] * 2, [1.0] * 2, [1e16] * 2, [1e16] * 2], dtype=torch.float64)
+    gradients = {"keys": (torch.tensor([1, 2, 0, 1]), both)}
+    alone.call(Call("step", ("main", "RowSGD", {"lr": 0.1}, gradients), "worker 0", 1))
+    assert torch.equal(server.bank.keys, alone.bank.keys)
+    assert not torch.equal(server.bank.keys, before)
+
+
+def test_a_crash_loses_nothing_that_was_answered(tmp_path):
+    server = ShardServer(bank(), CallLog.create(tmp_path / "calls", SHARD))
+    server.call(put([0, 1, 2, 3], 1, 1))
+    server.call(step([0, 1], 0.5, 1))
+    server.checkpoint(tmp_path / "checkpoint")
+    server._log = CallLog.create(tmp_path / "later", SHARD)
+    server.call(step([1, 2], 0.25, 2))
+    server.call(Call("mark", (torch.tensor([3, 3]), 4)))
+    server.call(put([5], 7, 2, time=5))
+    server.call(step([0, 5], -1.0, 3))
+    with open(tmp_path / "later", "ab") as file:
+        file.write(b"SMBL torn")  # of a call that was not answered
+    log, calls = CallLog.reopen(tmp_path / "later")
+    again = ShardServer.restored(tmp_path / "checkpoint", log, calls)
+    same(server, again)
+    again.call(step([0, 5], -1.0, 3))  # repeated: its answer was lost with the process
+    same(server, again)
+    for each in (server, again):
+        each._log = None
+        each.call(step([0, 1, 2, 5], 0.125, 4))  # Adam's moments came back too
+    same(server, again)
+
+
+def test_damage_is_refused_with_its_place(tmp_path):
+    log = CallLog.create(tmp_path / "calls", SHARD)
+    log.append(put([0], 1, 1))
+    data = bytearray((tmp_path / "calls").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "calls").write_bytes(data)
+    with pytest.raises(DamagedError, match="calls is damaged: the record at byte"):
+        CallLog.reopen(tmp_path / "calls")
+
+
+def test_a_call_that_cannot_be_logged_is_not_done(tmp_path, monkeypatch):
+    server = ShardServer(bank(), CallLog.create(tmp_path / "calls", SHARD))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.write", full)
+        with pytest.raises(BankError, match="No space left on device"):
+            server.call(put([0], 1, 1))
+    assert not server.bank.book.live.any()
+    server.call(put([0], 1, 1))  # the same again, once there is room
+    assert server.bank.book.live[0]
