@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsemem.bank.errors import DamagedError
+from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.bank.journal import Kind, Log, LogReader, Record
 from sparsemem.distributed.wire import pack, unpack
 
@@ -58,17 +58,21 @@ class CallLog:
         return cls(Log.create(path, shard, 0, sync))
 
     @classmethod
-    def reopen(cls, path: Path, *, sync: bool = False) -> tuple[CallLog, list[Call]]:
-        """Go on with a log, and the calls that it holds; a torn tail is cut off."""
+    def reopen(cls, path: Path, shard: str, *, sync: bool = False) -> tuple[CallLog, list[Call]]:
+        """Go on with a shard's log, and the calls that it holds; a torn tail is cut off."""
         reader = LogReader(path, {Kind.START, Kind.CALL})
-        calls = list(cls._calls(reader))
+        calls = list(cls._calls(reader, shard))
+        if not reader.end:  # it was just being begun
+            return cls.create(path, shard, sync=sync), []
         return cls(Log(path, reader.end, reader.sequence, sync)), calls
 
     @staticmethod
-    def _calls(reader: LogReader) -> Iterator[Call]:
+    def _calls(reader: LogReader, shard: str) -> Iterator[Call]:
         for record in reader:
             if record.kind is Kind.CALL:
                 yield call_of(record, reader.path)
+            elif bytes(record.arrays["bank"].tolist()).hex() != shard:
+                raise BankError(f"{reader.path} is another shard's log")
 
     def append(self, call: Call) -> None:
         """Write a call down. BankError where that fails: then it must not be done."""

@@ -140,16 +140,30 @@ class ShardServer:
                 server._optimiser(name, kind).load_state_dict(loadable(saved))
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
             raise BankError(f"{path / STATE} is not a shard's state: {error}") from error
-        for call in calls:
-            server._replay(call)
-        server._log = log
-        return server
+        return server._gone_on(log, calls)
+
+    @classmethod
+    def replayed(cls, bank: ShardBank, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
+        """From an empty bank and all calls there were."""
+        return cls(bank)._gone_on(log, calls)
+
+    def change_log(self, log: CallLog) -> None:
+        """Write into another log from now on."""
+        if self._log is not None:
+            self._log.close()
+        self._log = log
 
     def close(self) -> None:
         """Stop what runs in the background, and let go of the log."""
         self.bank.close()
         if self._log is not None:
             self._log.close()
+
+    def _gone_on(self, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
+        for call in calls:
+            self._replay(call)
+        self._log = log
+        return self
 
     def _write_down(self, call: Call) -> None:
         if self._log is None:

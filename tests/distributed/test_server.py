@@ -104,7 +104,7 @@ def test_a_crash_loses_nothing_that_was_answered(tmp_path):
     server.call(step([0, 5], -1.0, 3))
     with open(tmp_path / "later", "ab") as file:
         file.write(b"SMBL torn")  # of a call that was not answered
-    log, calls = CallLog.reopen(tmp_path / "later")
+    log, calls = CallLog.reopen(tmp_path / "later", SHARD)
     again = ShardServer.restored(tmp_path / "checkpoint", log, calls)
     same(server, again)
     again.call(step([0, 5], -1.0, 3))  # repeated: its answer was lost with the process
@@ -122,7 +122,7 @@ def test_damage_is_refused_with_its_place(tmp_path):
     data[-3] ^= 1
     (tmp_path / "calls").write_bytes(data)
     with pytest.raises(DamagedError, match="calls is damaged: the record at byte"):
-        CallLog.reopen(tmp_path / "calls")
+        CallLog.reopen(tmp_path / "calls", SHARD)
 
 
 def test_a_call_that_cannot_be_logged_is_not_done(tmp_path, monkeypatch):
