@@ -7,7 +7,7 @@ strings as keys, and the named tuples that shards answer with.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,3 +72,24 @@ def from_numpy(name: str, numbers: Array) -> Tensor:
     """The tensor. Arrays that Ray hands over cannot be written to: those are copied."""
     tensor = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
     return tensor.view(getattr(torch, name))
+
+
+class Packed(NamedTuple):
+    """A value on the wire."""
+
+    tree: Any
+    dtypes: list[str]
+    arrays: list[Array]
+
+
+def sent(value: Any) -> Packed:
+    """A value as it goes over the wire."""
+    tree, tensors = pack(value)
+    named = [to_numpy(tensor) for tensor in tensors]
+    return Packed(tree, [name for name, _ in named], [array for _, array in named])
+
+
+def received(packed: Packed) -> Any:
+    """The value that was sent."""
+    named = zip(packed.dtypes, packed.arrays, strict=True)
+    return unpack(packed.tree, [from_numpy(name, array) for name, array in named])
