@@ -5,7 +5,9 @@ Letters as in `sparsemem.bank.bank`; S shards.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,18 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.bank import Hit
 from sparsemem.bank.book import NO_TAG
+from sparsemem.bank.errors import write_errors
+from sparsemem.bank.folder import check_new_place
 from sparsemem.bank.rows import own, sparse_gradient
-from sparsemem.checks import check_at_most, check_known, check_size
+from sparsemem.checks import check_at_most, check_size
+from sparsemem.distributed.home import Manifest, read_manifest, write_manifest
 from sparsemem.distributed.merging import assembled, chosen, merged
 from sparsemem.distributed.placement import MISSING, Part, Placement
 from sparsemem.distributed.shard import ShardFound
 from sparsemem.distributed.transport import Arguments, Transport
+from sparsemem.files import new_folder
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.indexes.metrics import Metric
 
 
@@ -39,29 +46,81 @@ class ShardedBank(nn.Module):
     hold no rows: their gradients are sparse, and `sparsemem.optim` sends them to the shards.
 
     Args:
-        shards: how they are reached. Each holds its share of the rows (`Placement.rows_of`).
-        num_rows, width, value_width, metric, dtype: as the shards' banks have them.
+        path: the folder of the sharded bank: see `create`.
+        shards: how its shards are reached.
     """
 
-    def __init__(
-        self,
-        shards: Transport,
+    def __init__(self, path: str | Path, shards: Transport) -> None:
+        super().__init__()
+        self.path, self.shards = Path(path), shards
+        manifest = self._manifest = read_manifest(self.path)
+        if shards.num_shards != manifest.num_shards:
+            raise ValueError(
+                f"shards are {shards.num_shards}, expected {manifest.num_shards}, as in {path}"
+            )
+        self.placement, self.num_rows = manifest.placement, manifest.num_rows
+        given = manifest.arguments
+        width, value_width = given["width"], given["value_width"]
+        self.width, self.value_width = width, value_width
+        self.metric, dtype = Metric(given["metric"]), getattr(torch, given["dtype"])
+        self.computing_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.keys = rowless(self, self.num_rows, width, dtype)
+        self.values = None
+        if value_width is not None:
+            self.values = rowless(self, self.num_rows, value_width, dtype)
+        self.clock = manifest.clock
+
+    @staticmethod
+    def create(
+        path: str | Path,
         num_rows: int,
         width: int,
         value_width: int | None = None,
         *,
+        num_shards: int,
+        index: str = EXACT,
         metric: str = "cosine",
         dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.placement = Placement.of(num_rows, shards.num_shards)
-        self.num_rows, self.width, self.value_width = num_rows, width, value_width
-        check_known("metric", metric, [str(known) for known in Metric])
-        self.metric, self.shards = Metric(metric), shards
-        self.computing_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.keys = rowless(self, num_rows, width, dtype)
-        self.values = None if value_width is None else rowless(self, num_rows, value_width, dtype)
-        self.clock = 0
+        **options: Any,
+    ) -> Path:
+        """A new folder for a sharded bank; every shard's process has to see it.
+
+        Args:
+            path: where it is to be; nothing is there yet, or an empty folder.
+            num_shards: S, at most num_rows.
+            options: others of `MemoryBank`, such as min_recall.
+        """
+        Placement.of(num_rows, num_shards)
+        if index == PRODUCT_KEY:
+            raise ValueError("index is 'product-key', expected another: its rows are not written")
+        arguments = {"width": width, "value_width": value_width, "index": index, "metric": metric}
+        arguments |= {"dtype": str(dtype).removeprefix("torch."), **options}
+        manifest = Manifest(
+            bank=uuid.uuid4().hex, num_shards=num_shards, num_rows=num_rows, arguments=arguments
+        )
+        manifest.new_bank(0, num_rows=1).close()  # whoever gives wrong arguments is told here
+        path = check_new_place(path)
+        with write_errors(path), new_folder(path) as folder:
+            write_manifest(folder, manifest)
+        return path
+
+    def save(self) -> None:
+        """Make a version of all rows, optimisers and usage: a crash goes on from there.
+
+        What was written since is in the shards' logs, and as safe; a save shortens them.
+        """
+        version = self._manifest.version + 1
+        self._ask("checkpoint", (version,))
+        changed = {"version": version, "clock": self.clock}
+        self._manifest = self._manifest.model_copy(update=changed)
+        write_manifest(self.path, self._manifest)
+        self._ask("forget", (version,))
+
+    def restore(self) -> None:
+        """Go back to the last version saved, in all shards, optimisers and usage with it."""
+        self._manifest = read_manifest(self.path)
+        self._ask("restore", (self._manifest.version,))
+        self.clock = self._manifest.clock
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query; as `MemoryBank.read`."""

@@ -48,11 +48,11 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         """Which shard owns what."""
         return Placement.of(self.num_rows, self.num_shards)
 
-    def new_bank(self, shard: int) -> ShardBank:
-        """An empty bank for a shard."""
+    def new_bank(self, shard: int, num_rows: int | None = None) -> ShardBank:
+        """An empty bank for a shard (or one like it, of other size)."""
         given = dict(self.arguments)
         given["dtype"] = getattr(torch, given["dtype"])
-        return ShardBank(self.placement.rows_of(shard), **given)
+        return ShardBank(num_rows or self.placement.rows_of(shard), **given)
 
     def log_id(self, shard: int) -> str:
         """The id of a shard's logs: a log in the wrong place is not taken for its own."""

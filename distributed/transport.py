@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from sparsemem.distributed.calls import Call
-from sparsemem.distributed.server import CHANGES, ShardServer
+from sparsemem.distributed.home import ShardHome, read_manifest
+from sparsemem.distributed.server import CHANGES
 
 Arguments = tuple[Any, ...]
 
@@ -53,23 +55,24 @@ class Numbering:
 
 
 class LocalShards:
-    """Shards in this process: for tests, and to look at what a checkpoint of many shards holds."""
+    """Shards in this process: for tests, and to look at what a sharded bank holds without Ray."""
 
-    def __init__(self, servers: Sequence[ShardServer], client: str = "local") -> None:
-        self.servers = list(servers)
-        self._numbering = Numbering(client, len(self.servers))
+    def __init__(self, path: Path, client: str = "local") -> None:
+        shards = range(read_manifest(path).num_shards)
+        self.homes = [ShardHome(path, shard) for shard in shards]
+        self._numbering = Numbering(client, len(self.homes))
 
     @property
     def num_shards(self) -> int:
         """S."""
-        return len(self.servers)
+        return len(self.homes)
 
     def ask(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Any]:
         """One after another."""
         calls = self._numbering.calls(operation, arguments)
         return [
-            None if call is None else server.call(call)
-            for server, call in zip(self.servers, calls, strict=True)
+            None if call is None else home.call(call)
+            for home, call in zip(self.homes, calls, strict=True)
         ]
 
     def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
@@ -77,6 +80,6 @@ class LocalShards:
         self.ask(operation, arguments)
 
     def close(self) -> None:
-        """Stop what runs in the background."""
-        for server in self.servers:
-            server.close()
+        """Let go of the folder."""
+        for home in self.homes:
+            home.close()

@@ -1,37 +1,29 @@
 """Sharded banks in one process, and a look at all of a bank's rows, sharded or not."""
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
-
-import torch
 
 from sparsemem.bank.book import COLUMNS
 from sparsemem.distributed.bank import ShardedBank
-from sparsemem.distributed.placement import Placement
-from sparsemem.distributed.server import ShardServer
-from sparsemem.distributed.shard import ShardBank
 from sparsemem.distributed.transport import LocalShards
 
 
-def sharded(num_shards, num_rows, width, value_width=None, *, metric="cosine", **options):
-    """A `ShardedBank` like `MemoryBank(num_rows, ...)`, its shards in this process."""
-    placement = Placement.of(num_rows, num_shards)
-    servers = [
-        ShardServer(
-            ShardBank(placement.rows_of(shard), width, value_width, metric=metric, **options)
-        )
-        for shard in range(num_shards)
-    ]
-    dtype = options.get("dtype", torch.float32)
-    return ShardedBank(
-        LocalShards(servers), num_rows, width, value_width, metric=metric, dtype=dtype
-    )
+def sharded(num_shards, *arguments, **options):
+    """A `ShardedBank` like `MemoryBank(*arguments)`, its shards in this process."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, "bank")
+    ShardedBank.create(path, *arguments, num_shards=num_shards, **options)
+    bank = ShardedBank(path, LocalShards(path))
+    bank.folder = folder  # which goes with it
+    return bank
 
 
 def whole(bank):
     """The book of all rows, column by column, and all keys, by the rows' ids."""
     if not isinstance(bank, ShardedBank):
         return bank.book, bank.keys
-    shards = [server.bank for server in bank.shards.servers]
+    shards = [home.server.bank for home in bank.shards.homes]
 
     def column(parts):
         table = parts[0].new_empty(bank.num_rows, *parts[0].shape[1:])
