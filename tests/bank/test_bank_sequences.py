@@ -173,23 +173,34 @@ def assert_same(bank, loops):
         assert book.expiry[row] == loops.expiry.get(row, 0)
 
 
-@settings(max_examples=150)
-@given(
+NEW_BANK = (
     st.integers(1, 8),
     st.sampled_from(["ip", "l2"]),
     st.sampled_from([1, 2, 64]),
     st.sampled_from([1, 2, 1024]),
     st.lists(CALL, max_size=40),
-    st.sampled_from([None, None, 1, 3, 4]),
 )
-def test_equals_dictionaries_and_loops(num_rows, metric, share, window, calls, num_shards):
+
+
+def check_calls(make, num_rows, metric, share, window, calls):
     with mock.patch.object(usage, "SHARE", share), mock.patch.object(usage, "WINDOW", window):
-        make = MemoryBank if num_shards is None else partial(sharded, min(num_shards, num_rows))
         bank = make(num_rows, WIDTH, 1, metric=metric, dtype=torch.float64)
         loops = Loops(num_rows, metric)
         for call in calls:
             run(call, bank, loops)
             assert_same(bank, loops)
+
+
+@settings(max_examples=150)
+@given(*NEW_BANK)
+def test_equals_dictionaries_and_loops(*drawn):
+    check_calls(MemoryBank, *drawn)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([1, 3, 4]), *NEW_BANK)
+def test_so_does_a_sharded_bank(num_shards, num_rows, *drawn):
+    check_calls(partial(sharded, min(num_shards, num_rows)), num_rows, *drawn)
 
 
 @settings(max_examples=40)
