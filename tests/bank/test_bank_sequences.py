@@ -173,16 +173,17 @@ def assert_same(bank, loops):
         assert book.expiry[row] == loops.expiry.get(row, 0)
 
 
-NEW_BANK = (
+BANKS = st.tuples(
     st.integers(1, 8),
     st.sampled_from(["ip", "l2"]),
     st.sampled_from([1, 2, 64]),
     st.sampled_from([1, 2, 1024]),
-    st.lists(CALL, max_size=40),
 )
+CALLS = st.lists(CALL, max_size=40)
 
 
-def check_calls(make, num_rows, metric, share, window, calls):
+def check_calls(make, sizes, calls):
+    num_rows, metric, share, window = sizes
     with mock.patch.object(usage, "SHARE", share), mock.patch.object(usage, "WINDOW", window):
         bank = make(num_rows, WIDTH, 1, metric=metric, dtype=torch.float64)
         loops = Loops(num_rows, metric)
@@ -192,15 +193,15 @@ def check_calls(make, num_rows, metric, share, window, calls):
 
 
 @settings(max_examples=150)
-@given(*NEW_BANK)
-def test_equals_dictionaries_and_loops(*drawn):
-    check_calls(MemoryBank, *drawn)
+@given(BANKS, CALLS)
+def test_equals_dictionaries_and_loops(sizes, calls):
+    check_calls(MemoryBank, sizes, calls)
 
 
 @settings(max_examples=30)
-@given(st.sampled_from([1, 3, 4]), *NEW_BANK)
-def test_so_does_a_sharded_bank(num_shards, num_rows, *drawn):
-    check_calls(partial(sharded, min(num_shards, num_rows)), num_rows, *drawn)
+@given(st.sampled_from([1, 3, 4]), BANKS, CALLS)
+def test_so_does_a_sharded_bank(num_shards, sizes, calls):
+    check_calls(partial(sharded, min(num_shards, sizes[0])), sizes, calls)
 
 
 @settings(max_examples=40)
