@@ -5,6 +5,7 @@ device, and the numbers are those of the CPU.
 import pytest
 import torch
 
+from sparsemem.bank import MemoryBank
 from sparsemem.memory import devices
 from sparsemem.models.registry import find_model, make_model
 from tests.oracles.synchronisations import Synchronisations
@@ -14,7 +15,13 @@ SIZES = {"input_size": 3, "hidden_size": 6, "output_size": 2}
 MEMORY = {"num_slots": 20, "slot_dim": 5, "num_heads": 2}
 OPTIONS = {"masked": True, "dealloc_erase": True, "link_sharpening": True}
 MODELS = [("sam", {}), ("sdnc", {}), ("ntm", {}), ("dnc", {}), ("dnc", OPTIONS)]
-CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return "cuda"
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def test_a_state_moves_to_the_cpu_and_back(monkeypatch):
 # On a GPU.
 
 
-@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", ["sam", "sdnc", "ntm", "dnc"])
 def test_a_model_on_a_gpu_equals_itself_on_the_cpu(name, dtype, device):
@@ -132,9 +139,14 @@ def test_a_model_on_a_gpu_equals_itself_on_the_cpu(name, dtype, device):
     assert_same(ours, truth, 1e-4 if dtype == torch.float32 else 1e-8)
 
 
-@pytest.mark.parametrize("device", CUDA)
-@pytest.mark.parametrize("switch", ["reference", "auto"])
-@pytest.mark.parametrize(("name", "options"), MODELS)
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "options", "switch"),
+    [
+        *((*model, "auto") for model in MODELS),
+        *((name, {}, "reference") for name in ("sam", "sdnc")),
+    ],
+)
 def test_nothing_waits_on_a_gpu(name, options, switch, device, monkeypatch):
     """By torch's own watch, which is told of each wait; it sees backward threads too."""
     monkeypatch.setenv("SPARSEMEM_KERNELS", switch)
@@ -153,7 +165,7 @@ def test_nothing_waits_on_a_gpu(name, options, switch, device, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["sam", "sdnc"])
 def test_a_sparse_model_on_a_gpu_with_its_slots_used_up(name, device):
     """Nine slots, 60 steps; the state goes to the CPU and comes back, its forks give gradients."""
@@ -170,7 +182,7 @@ def test_a_sparse_model_on_a_gpu_with_its_slots_used_up(name, device):
     torch.testing.assert_close(other, second, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.gpu
 def test_forks_on_a_gpu_give_the_gradients_of_the_cpu(device):
     model, input = model_of("sam").to(F64), torch.randn(2, 12, 3, dtype=F64)
 
@@ -187,9 +199,28 @@ def test_forks_on_a_gpu_give_the_gradients_of_the_cpu(device):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sam", "sdnc"])
+def test_a_model_over_a_bank_on_a_gpu_equals_itself_on_the_cpu(name, device):
+    bank = MemoryBank(20, 5, initial="normal", dtype=F64, seed=3)
+    model = find_model(name)(3, 6, 2, num_heads=2, memory=bank).to(F64)
+    input = torch.randn(2, 8, 3, dtype=F64)
+
+    def run(input):
+        model.zero_grad()
+        output, _ = model(input)
+        output.square().sum().backward()
+        return output.detach().cpu(), bank.keys.grad.to_dense().cpu()
+
+    truth = run(input)
+    model.to(device)
+    for ours, expected in zip(run(input.to(device)), truth, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.gpu
 def test_memory_of_a_gpu_does_not_grow_from_call_to_call(device):
-    model = find_model("sam")(3, 6, 2, num_slots=2**40).to(device)
+    model = model_of("sam", num_slots=2**40).to(device)
     input, held = torch.randn(2, 30, 3, device=device), []
     for _ in range(3):
         model.zero_grad()
