@@ -44,10 +44,29 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+def mended_interpreter() -> None:
+    """Triton 3.6 asks for arrays of one number as indices; NumPy refuses that from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+@pytest.fixture(scope="session")
+def _triton():
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    if not HAS_CUDA:
+        mended_interpreter()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def triton_device(request, monkeypatch) -> torch.device:
+def triton_device(request, monkeypatch, _triton) -> torch.device:
     """A device that Triton's kernels run on: the CPU by their interpreter, or else a GPU."""
-    pytest.importorskip("triton")
     if (request.param == "cuda") != HAS_CUDA:
         pytest.skip("needs a GPU" if request.param == "cuda" else "kernels are compiled here")
     if request.param == "cpu":

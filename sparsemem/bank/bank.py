@@ -167,9 +167,13 @@ class MemoryBank(RowStore):
         with torch.autocast(self.keys.device.type, enabled=False):
             flat = queries.reshape(-1, self.width).to(self.computing_dtype)
             with self.table.lock.read():
-                found = self.index.search(flat, top_k)
-                rows, scores = self._scored(flat, found)
-                values = rows if self.values is None else gather(self.values, found.ids, self)
+                with torch.no_grad():  # as `search`, which would look at the queries again
+                    found = self.index._search(flat.detach(), top_k)
+                complete = self.scans and top_k <= self.table.num_live
+                rows, scores = self._scored(flat, found, complete)
+                values = rows
+                if self.values is not None:
+                    values = gather(self.values, found.ids, self, complete)
                 self._accessed(found.ids)
         shape = queries.shape[:-1]
         parts = (rows, values, scores, found.ids)
@@ -357,10 +361,10 @@ class MemoryBank(RowStore):
         )
         return f"{self.num_rows}, {widths}, index={self.index_name!r}, metric={str(self.metric)!r}"
 
-    def _scored(self, queries: Tensor, found: Found) -> tuple[Tensor, Tensor]:
+    def _scored(self, queries: Tensor, found: Found, complete: bool) -> tuple[Tensor, Tensor]:
         """The rows that a search found and their scores, both differentiable."""
         if not self.has_product_keys:
-            return gather_scored(self.keys, queries, found, self)
+            return gather_scored(self.keys, queries, found, self, complete)
         rows = gather_pairs(self.keys, found.ids, self.computing_dtype)
         scores = self.metric.scores(queries, rows)
         return rows, scores.masked_fill(found.ids < 0, self.metric.missing)

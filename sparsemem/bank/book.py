@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from sparsemem.bank.rows import zeros
+from sparsemem.bank.rows import on_device, zeros
 
 FOREVER = 0  # as an expiry: the row has no time to live
 NO_TAG = 0
@@ -23,14 +24,16 @@ COLUMNS = (
     ("written", torch.int64),  # clock time of the last write
     ("background", torch.int32),  # background batches that accessed the row (see selection.py)
 )
+COUNTERS = ("clock", "batches")
 
 
 class RowBook(nn.Module):
     """One entry a row: live, frozen, tag, expiry, last access, number of accesses, ...
 
     All start at zero, lazily: a table of 10^8 rows costs only the pages that are touched. The
-    clock counts the calls that read or write. Whoever changes entries holds the table's lock for
-    writing; readers, who run in parallel, mark accesses under a lock of the book's own.
+    clock counts the calls that read or write; it stays on the CPU, since every call looks at it.
+    Whoever changes entries holds the table's lock for writing; readers, who run in parallel, mark
+    accesses under a lock of the book's own.
     """
 
     live: Tensor
@@ -71,10 +74,19 @@ class RowBook(nn.Module):
             return int(self.clock.add_(1))
 
     def accessed(self, ids: Int[Tensor, " n"]) -> None:
-        """Mark accesses, at the present time. Repeated ids count as often."""
+        """Mark accesses, at the present time. Repeated ids count as often.
+
+        On a device an id of -1 is no row.
+        """
         with self._lock:
-            self.last_access.index_fill_(0, ids, self.now)
-            self.accesses.index_add_(0, ids, torch.ones_like(ids))
+            if on_device(ids):  # what is no row is a look at row 0 that leaves it as it is
+                found = ids >= 0
+                ids, count = ids.clamp(min=0), found.to(self.accesses.dtype)
+                self.last_access.scatter_reduce_(0, ids, count * self.now, "amax")
+            else:
+                count = torch.ones_like(ids)
+                self.last_access.index_fill_(0, ids, self.now)
+            self.accesses.index_add_(0, ids, count)
 
     def wrote(self, ids: Int[Tensor, " n"]) -> None:
         """Mark a write and an access of distinct rows, at the present time."""
@@ -118,8 +130,19 @@ class RowBook(nn.Module):
 
     def recount(self) -> None:
         """Derive the counts anew after the columns were replaced: O(N)."""
+        for name in COUNTERS:
+            setattr(self, name, getattr(self, name).cpu())
         self.num_frozen = int(self.frozen.count_nonzero())
         self.last_written = self.now
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RowBook:
+        """The counters stay where they are, on the CPU."""
+        counters = {name: self._buffers.pop(name) for name in COUNTERS}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(counters)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

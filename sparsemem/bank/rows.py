@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.triton_switch import use_triton
 
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FILLED_AT_ONCE = 2**20  # random numbers drawn at once
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values makes the host wait, or is to be taken for that.
+
+    There, what depends on values is done by masks, and work is not left out by looking first.
+    """
+    return tensor.device.type != "cpu" or use_triton(tensor)
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
@@ -117,7 +126,7 @@ def taken(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [*S, W] as `dtype`; zeros where the id is -1."""
     flat = ids.flatten()
     missing = flat < 0
-    if missing.any():
+    if on_device(ids) or missing.any():
         rows = table.index_select(0, flat.clamp(min=0)).to(dtype)
         rows.masked_fill_(missing.unsqueeze(1), 0)
     else:
@@ -129,10 +138,10 @@ class GatherRows(torch.autograd.Function):
     """rows = table[ids]; the gradient is row-sparse, and none for rows that are not trainable."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, bank: MemoryBank) -> Tensor:
+    def forward(ctx: Any, table: Tensor, ids: Tensor, bank: MemoryBank, all_found: bool) -> Tensor:
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
-        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
+        _remember(ctx, table, bank, all_found)
         return taken(table, ids, bank.computing_dtype)
 
     @staticmethod
@@ -140,7 +149,7 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """A sparse COO tensor with one entry for each trainable row that was read."""
         (ids,) = ctx.saved_tensors
-        return sparse_gradient(ctx, ids, gradient), None, None
+        return sparse_gradient(ctx, ids, gradient), None, None, None
 
 
 class ScoredRows(torch.autograd.Function):
@@ -148,13 +157,19 @@ class ScoredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, queries: Tensor, ids: Tensor, scores: Tensor, bank: MemoryBank
+        ctx: Any,
+        table: Tensor,
+        queries: Tensor,
+        ids: Tensor,
+        scores: Tensor,
+        bank: MemoryBank,
+        all_found: bool,
     ) -> tuple[Tensor, Tensor]:
         """Rows [Q, K, W] (zeros where the id is -1) and their scores [Q, K]."""
         rows = taken(table, ids, bank.computing_dtype)
         scores = scores.clone()  # an output of its own
         ctx.save_for_backward(ids, queries, rows, scores)
-        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
+        _remember(ctx, table, bank, all_found)
         ctx.set_materialize_grads(False)
         return rows, scores
 
@@ -166,44 +181,86 @@ class ScoredRows(torch.autograd.Function):
         of_queries = None
         if by_score is not None:
             missing = ids < 0
-            if missing.any():  # their scores are constant, and infinite
+            if on_device(ids) or missing.any():  # their scores are constant, and infinite
                 by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
             of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
             gradient = of_rows if gradient is None else of_rows.add_(gradient)
         if gradient is None:  # nothing depends on either
             gradient = torch.zeros_like(rows)
-        return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None
+        return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None
+
+
+def _remember(ctx: Any, table: Tensor, bank: MemoryBank, all_found: bool) -> None:
+    """What the backward pass has to know of a read of a bank's table."""
+    ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
+    ctx.all_found, ctx.table, ctx.changes = all_found, bank.table, bank.table.changes
+
+
+def _all_trainable(ctx: Any) -> bool:
+    """Whether all rows read are known to take gradients, without a look at any of them."""
+    table, book = ctx.bank.table, ctx.bank.book
+    if not ctx.all_found or table is not ctx.table or table.changes != ctx.changes:
+        return False  # rows came or went
+    return not book.num_frozen and book.selection is None and book.last_written <= ctx.time
 
 
 def sparse_gradient(ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
-    """Of a table, from that of its rows [*S, W]: an entry for each trainable row that was read."""
+    """Of a table, from that of its rows [*S, W]: an entry for each trainable row that was read.
+
+    On a device the host waits for their number, unless it knows that all of them are.
+    """
     flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
-    kept = ctx.bank.is_trainable(flat, ctx.time)
-    if not kept.all():
-        flat, values = flat[kept], values[kept]
-    sparse = torch.sparse_coo_tensor(flat.unsqueeze(0), values, ctx.shape, check_invariants=False)
+    if not _all_trainable(ctx):
+        kept = ctx.bank.is_trainable(flat, ctx.time)
+        if not kept.all():
+            flat, values = flat[kept], values[kept]
     if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
-        sparse = sparse.coalesce()
-    return sparse.to(ctx.dtype)
+        return by_row(row_sparse(flat, values, ctx.shape), ctx.dtype)
+    return row_sparse(flat, values.to(ctx.dtype), ctx.shape)
+
+
+def row_sparse(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """A row-sparse gradient of entries whose ids are known to be right."""
+    return torch.sparse_coo_tensor(ids.unsqueeze(0), values, shape, check_invariants=False)
+
+
+def by_row(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sparse gradient with the entries of a row added up, then in `dtype`.
+
+    Coalesced; on a device, where the host would have to wait for the number of rows, with as many
+    entries as before: a row's first one holds the sum, and the others zeros.
+    """
+    values = gradient._values()
+    is_done = gradient.is_coalesced() or gradient.sparse_dim() != 1
+    if is_done or values.dtype == torch.float64 or not use_triton(values):
+        return gradient.coalesce().to(dtype)
+    from sparsemem.kernels.gpu.rows import sum_by_row
+
+    ids, sums = sum_by_row(gradient._indices()[0], values)
+    return row_sparse(ids, sums.to(dtype), gradient.shape)
 
 
 def gather(
-    table: Float[Tensor, "N W"], ids: Int[Tensor, "*S"], bank: MemoryBank
+    table: Float[Tensor, "N W"], ids: Int[Tensor, "*S"], bank: MemoryBank, all_found: bool = False
 ) -> Float[Tensor, "*S W"]:
     """Rows at ids, zero where the id is -1; differentiable with a row-sparse gradient.
 
     To be called under `bank.table.lock.read()`. A row that is written anew before the backward
-    pass is another row: it gets no gradient from this one's.
+    pass is another row: it gets no gradient from this one's. all_found: ids are of live rows.
     """
-    return GatherRows.apply(table, ids, bank)  # type: ignore[no-untyped-call, no-any-return]
+    return GatherRows.apply(table, ids, bank, all_found)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def gather_scored(
-    table: Float[Tensor, "N W"], queries: Float[Tensor, "Q W"], found: Found, bank: MemoryBank
+    table: Float[Tensor, "N W"],
+    queries: Float[Tensor, "Q W"],
+    found: Found,
+    bank: MemoryBank,
+    all_found: bool = False,
 ) -> tuple[Float[Tensor, "Q K W"], Float[Tensor, "Q K"]]:
     """As `gather`, the rows that a search found, and their scores, differentiable in both."""
     return ScoredRows.apply(  # type: ignore[no-untyped-call, no-any-return]
-        table, queries, found.ids, found.scores, bank
+        table, queries, found.ids, found.scores, bank, all_found
     )
 
 

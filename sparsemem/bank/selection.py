@@ -49,7 +49,7 @@ class Tally:
         self._table: Tensor | None = None
 
     def add(self, ids: Int[Tensor, " n"]) -> None:
-        """Count ids, repeats as often."""
+        """Count ids, repeats as often; -1 is no row."""
         with self._lock:
             self._pending.append(ids)
             self._size += len(ids)
@@ -64,7 +64,8 @@ class Tally:
             if self._table is None:
                 if not self._pending:
                     return None
-                ids, counts = torch.unique(torch.cat(self._pending), return_counts=True)
+                pending = torch.cat(self._pending)
+                ids, counts = torch.unique(pending[pending >= 0], return_counts=True)
                 return ids, counts
             self._add_up()
             ids = self._table.nonzero().squeeze(1)
@@ -76,7 +77,7 @@ class Tally:
         ids = torch.cat(self._pending)
         if self._table is None:
             self._table = zeros(self._num_rows, dtype=torch.int64, device=ids.device)
-        self._table.index_add_(0, ids, torch.ones_like(ids))
+        self._table.index_add_(0, ids.clamp(min=0), (ids >= 0).to(ids.dtype))
         self._pending, self._size = [], 0
 
 

@@ -18,13 +18,13 @@ from sparsemem.bank.book import FOREVER, RowBook
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
 from sparsemem.bank.journal import Journal, Kind
-from sparsemem.bank.rows import fill_normal, new_tables, own, without_rows
+from sparsemem.bank.rows import fill_normal, new_tables, on_device, own, without_rows
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
 from sparsemem.checks import check_known, check_size
 from sparsemem.indexes.base import Index
-from sparsemem.indexes.factory import PRODUCT_KEY, make_index
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY, make_index
 from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.product_key import ProductTable, num_subkeys
@@ -85,6 +85,8 @@ class RowStore(nn.Module):
         self.metric = Metric(metric)
         self.index_name, self.index_options = index, index_options
         self._allocate(check_dtype(dtype), device, storage)
+        # The file that the tables lie in, for as long as they lie there.
+        self._file = None if storage == RAM else (str(storage), self.keys.data_ptr())
         if initial == "normal" or self.has_product_keys:
             self._fill(initial, seed)
         self.register_load_state_dict_post_hook(_rebind_loaded)  # type: ignore[no-untyped-call]
@@ -121,6 +123,14 @@ class RowStore(nn.Module):
         return self.index_name == PRODUCT_KEY
 
     @property
+    def scans(self) -> bool:
+        """Whether the index looks at rows and marks as they are: it is told of nothing.
+
+        And misses nothing: it finds k rows where k are live.
+        """
+        return self.index_name in (EXACT, PRODUCT_KEY)
+
+    @property
     def computing_dtype(self) -> torch.dtype:
         """What scores, weights and gradients are computed in: float64 for float64, else float32."""
         return self.table.dtype
@@ -144,7 +154,10 @@ class RowStore(nn.Module):
         with self._applying():
             if not self._untold:
                 self.note_version()
-            self.index.changed(ids[self.book.live.index_select(0, ids)])
+            live = ids
+            if not (self.scans and on_device(ids)):  # or the index does nothing with them
+                live = ids[self.book.live.index_select(0, ids)]
+            self.index.changed(live)
         if self.journal is not None:
             self.journal.touched(ids, self.keys)
 
@@ -296,7 +309,9 @@ class RowStore(nn.Module):
         return now
 
     def _accessed(self, ids: Tensor) -> None:
-        found = ids[ids >= 0]
+        found = ids.flatten()
+        if not on_device(found):
+            found = found[found >= 0]
         self.book.accessed(found)
         self._selection.accessed(found)
 
@@ -403,6 +418,12 @@ class RowStore(nn.Module):
             self.book.live.index_fill_(0, ids, value)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RowStore:
+        place = fn(torch.empty(0, dtype=self.keys.dtype, device=self.keys.device)).device
+        if self._file is not None and self._file[1] == self.keys.data_ptr() and place.type != "cpu":
+            raise ValueError(
+                f"cannot move to {place}: the bank's tables lie in the file {self._file[0]!r},"
+                " expected storage='ram'; save it, and load it on the device"
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._rebind_if_due()
         return self

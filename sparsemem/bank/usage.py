@@ -78,17 +78,24 @@ class Room:
 
     def _removed(self, count: int) -> list[int]:
         while self._heap and len(self._offered) < count:
-            row = heapq.heappop(self._heap)
-            self._in_heap.discard(row)
-            if not self._book.live[row]:
-                self._offered.append(row)
+            missing = min(count - len(self._offered), len(self._heap))
+            rows = [heapq.heappop(self._heap) for _ in range(missing)]
+            self._in_heap.difference_update(rows)
+            self._offered += self._not_live(rows)
         return self._offered
 
     def _take_back(self) -> None:
-        for row in self._offered:
-            if not self._book.live[row]:
-                self._push(row)
+        for row in self._not_live(self._offered):
+            self._push(row)
         self._offered = []
+
+    def _not_live(self, rows: list[int]) -> list[int]:
+        """Those of the rows that are not live, in one look."""
+        if not rows:
+            return []
+        live = self._book.live
+        marks = live.index_select(0, torch.tensor(rows, device=live.device)).tolist()
+        return [row for row, mark in zip(rows, marks, strict=True) if not mark]
 
     def _push(self, row: int) -> None:
         if row not in self._in_heap:

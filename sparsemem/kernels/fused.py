@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsemem.indexes.ranking import GRID_BITS
+from sparsemem.indexes.triton_switch import use_triton
 from sparsemem.kernels import Kernels, kernels_for
 from sparsemem.kernels.threads import in_parts
 from sparsemem.memory.entries import Entries
@@ -25,7 +28,7 @@ LINK_PASSES = 8  # what a link of a row costs a step, in products of a dense vec
 class Step(NamedTuple):
     """What a step of H heads did to B elements: `take_step`."""
 
-    kernels: Kernels
+    backward: Callable[..., tuple[Tensor, Tensor]]  # as `backward_step`, of kernels
     write: Entries  # [B, H, S + 1]
     read: Entries  # [B, H, R]
     links: Tensor  # weights of the rows linked with the last reads, [B, H, 2, K, S]
@@ -45,6 +48,10 @@ def take_step(
         top_k: K, rows to read by content.
         links: SDNC's; changed in place.
     """
+    if use_triton(values):
+        from sparsemem.kernels.gpu.step import device_step
+
+        return device_step(store, values, last, top_k, links)
     kernels = None
     if can_step(store, values, last):
         kernels = kernels_for(values.dtype, links is not None)
@@ -148,7 +155,8 @@ def read_step(
     places = addresses(*given, rows, weights, reads)
     store.extent = kernels.read_step(kernels.like, sizes, places)
     order.time += 1
-    return Step(kernels, write, Entries(ids, weights), links, rows, reads)
+    backward = partial(backward_step, kernels)
+    return Step(backward, write, Entries(ids, weights), links, rows, reads)
 
 
 def links_step(
@@ -178,6 +186,42 @@ def links_step(
     return ids, weights_of
 
 
+def backward_step(
+    kernels: Kernels,
+    buffer: Tensor,
+    values: Tensor,
+    last_weights: Tensor,
+    write_ids: Tensor,
+    ids: Tensor,
+    links: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    to_reads: Tensor | None,
+    to_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and of the last read weights; that of the rows is in the buffer.
+
+    Args:
+        buffer: gradient of the rows after the step; afterwards, of those before it.
+        values, last_weights: what the step was given.
+        write_ids, ids, links, rows, weights: what it did, see `Step`.
+        to_reads: gradient of the reads, or None: zero.
+        to_weights: gradient of the read weights, or None: zero.
+    """
+    batch, heads, entries, width = rows.shape
+    to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
+    given = [part if part is None else part.contiguous() for part in (to_reads, to_weights)]
+    linked = links.shape[3] if links.ndim > 1 else 0
+    sizes = (batch, heads, width, values.shape[1] // heads, last_weights.shape[2], entries)
+    tensors = (buffer, values, write_ids, last_weights, ids, links, rows, weights, *given)
+    kernels.backward_step(
+        kernels.like,
+        (*sizes, linked, buffer.shape[1]),
+        addresses(*tensors, to_values, to_last),
+    )
+    return to_values, to_last
+
+
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     """Where contiguous tensors are; 0 for None."""
     return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
@@ -191,7 +235,7 @@ class FusedStep(torch.autograd.Function):
         ctx: Any, token: Tensor, values: Tensor, last_weights: Tensor, step: Step, tape: Tape
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Record what the backward pass needs."""
-        ctx.kernels, ctx.tape, ctx.operation = step.kernels, tape, tape.record()
+        ctx.run, ctx.tape, ctx.operation = step.backward, tape, tape.record()
         weights = step.read.weights
         ctx.save_for_backward(
             values, last_weights, step.write.ids, step.read.ids, step.links, step.rows, weights
@@ -203,19 +247,8 @@ class FusedStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, to_reads: Any, to_weights: Any, _: Any) -> Any:
         """Through the reads into the buffer, then through the write out of it."""
-        values, last_weights, write_ids, ids, links, rows, weights = ctx.saved_tensors
-        batch, heads, entries, width = rows.shape
         buffer = ctx.tape.enter(ctx.operation)
-        to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
-        given = [part if part is None else part.contiguous() for part in (to_reads, to_weights)]
-        linked = links.shape[3] if links.ndim > 1 else 0
-        sizes = (batch, heads, width, values.shape[1] // heads, last_weights.shape[2], entries)
-        tensors = (buffer, values, write_ids, last_weights, ids, links, rows, weights, *given)
-        ctx.kernels.backward_step(
-            ctx.kernels.like,
-            (*sizes, linked, buffer.shape[1]),
-            addresses(*tensors, to_values, to_last),
-        )
-        ctx.tape.added(ids)
+        to_values, to_last = ctx.run(buffer, *ctx.saved_tensors, to_reads, to_weights)
+        ctx.tape.added(ctx.saved_tensors[3])
         ctx.tape.leave(ctx.operation)
         return None, to_values, to_last, None, None

@@ -5,6 +5,7 @@ Sources: Graves et al. 2014, arXiv 1410.5401 (NTM); Graves et al. 2016, Nature 5
 doi:10.1038/nature20101 (DNC); Csordas & Schmidhuber 2019, arXiv 1904.10278 (options of the DNC).
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ def retention(
     free_gates: Float[Tensor, "B R"], read_weights: Float[Tensor, "B R N"]
 ) -> Float[Tensor, "B N"]:
     """psi = prod over read heads of (1 - f wR_{t-1}): how much of each slot is not freed (DNC)."""
-    return (1 - free_gates.unsqueeze(-1) * read_weights).prod(1)
+    # Not `prod`, whose backward pass has the host look for zeros.
+    return reduce(torch.mul, (1 - free_gates.unsqueeze(-1) * read_weights).unbind(1))
 
 
 def usage(
@@ -173,8 +175,37 @@ def allocation(usage: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
     not through their order.
     """
     ordered, order = usage.sort(dim=-1, stable=True)
-    less_used = F.pad(ordered[..., :-1], (1, 0), value=1.0).cumprod(-1)
+    less_used = ProductsBefore.apply(ordered)  # type: ignore[no-untyped-call]
     return torch.zeros_like(usage).scatter(-1, order, (1 - ordered) * less_used)
+
+
+class ProductsBefore(torch.autograd.Function):
+    """p_j = prod_{i<j} u_i of ascending u [B, N] >= 0.
+
+    The backward pass of `cumprod` has the host look for zeros. Here they can only come first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ordered: Tensor) -> Tensor:
+        """A shifted cumulative product."""
+        products = F.pad(ordered[..., :-1], (1, 0), value=1.0).cumprod(-1)
+        ctx.save_for_backward(ordered, products)
+        return products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """sum_{j>k} g_j p_j / u_k; that of u_0 from products without it, as it may be 0.
+
+        Where another u_k is 0, so is u_0, and with it all products that u_k is in.
+        """
+        ordered, products = ctx.saved_tensors
+        behind = (gradient * products).flip(-1).cumsum(-1).flip(-1).roll(-1, -1)
+        of_ordered = (behind / ordered).masked_fill_(ordered == 0, 0)
+        of_ordered[..., -1].zero_()
+        without = F.pad(ordered[..., 1:], (1, 0), value=1.0).cumprod(-1)[..., :-1]
+        of_ordered[..., 0] = torch.linalg.vecdot(gradient[..., 1:], without)
+        return of_ordered
 
 
 def gated_write_weights(

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from sparsemem.indexes.triton_switch import use_triton
+
 
 def is_device(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values makes the host wait for what a device has yet to do."""
-    return tensor.device.type != "cpu"
+    """Whether looking at a tensor's values makes the host wait, or is to be taken for that."""
+    return tensor.device.type != "cpu" or use_triton(tensor)
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -92,7 +92,8 @@ class Episode:
         shape = (batch_size, min(FIRST_CAPACITY, num_slots), slot_dim)
         rows = torch.full(shape, base, device=device, dtype=dtype)
         store = EpisodeStore(rows, PrefixSlots(num_slots), base, index_after)
-        return Episode(store, Tape(store), rows.new_zeros(()), -1)
+        # The token holds no number: a device has nothing to do to hand it on.
+        return Episode(store, Tape(store), rows.new_zeros(0), -1)
 
     @staticmethod
     def over(bank: MemoryBank, batch_size: int, *, index_after: int | None = None) -> Episode:
@@ -116,7 +117,7 @@ class Episode:
         """
         check_bank("bank", bank)
         store = BankStore.start(bank, check_size("batch_size", batch_size), index_after)
-        return Episode(store, Tape(store), store.rows.new_zeros(()), -1)
+        return Episode(store, Tape(store), store.rows.new_zeros(0), -1)
 
     @property
     def bank(self) -> MemoryBank | None:

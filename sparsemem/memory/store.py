@@ -57,7 +57,7 @@ class EpisodeStore:
 
     def exact_extent(self) -> int:
         """Touched slots of the element that has most; on a device the host waits for that."""
-        if self.is_bounded:
+        if self.has_prefix:
             self.extent = int(self.touched.max())
         return self.extent
 

@@ -49,8 +49,7 @@ class AccessOrder:
 
     def mark(self, accesses: Entries) -> None:
         """Record one step's accesses [B, H, S]: positions of weights over delta for some head."""
-        # NONE where there is no access; a `where` of two numbers would be a transfer to a device.
-        when = (totals(accesses) > ACCESS_THRESHOLD).long().mul_(self.time - NONE).add_(NONE)
+        when = torch.where(totals(accesses) > ACCESS_THRESHOLD, self.time, NONE)
         self.last_access.scatter_reduce_(1, accesses.ids.flatten(1), when.flatten(1), "amax")
         self.time += 1
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparsemem.optim.base import Options, RowOptimizer, State, across, zeros_like_rows
 from sparsemem.optim.options import check_above_zero, check_range
+
+if TYPE_CHECKING:
+    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
 
 
 class RowAdagrad(RowOptimizer):
@@ -62,3 +67,8 @@ class RowAdagrad(RowOptimizer):
             squares = squares.view(len(squares), -1).mean(1)
         root = total.add_(squares).sqrt().add_(options["eps"])
         rows.addcdiv_(gradient, across(root, rows), value=-float(options["lr"]))
+
+    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
+        from sparsemem.kernels.gpu.row_steps import step_adagrad
+
+        step_adagrad(table, gradient, state, options)

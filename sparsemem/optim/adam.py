@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from sparsemem.optim.base import (
     zeros_like_rows,
 )
 from sparsemem.optim.options import check_above_zero, check_betas, check_range
+
+if TYPE_CHECKING:
+    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
 
 
 class RowAdam(RowOptimizer):
@@ -97,6 +100,11 @@ class RowAdam(RowOptimizer):
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = square.div(_correction(beta2, count)).sqrt_().add_(options["eps"])
         rows.addcdiv_(mean.div(_correction(beta1, count)), root, value=-lr)
+
+    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
+        from sparsemem.kernels.gpu.row_steps import step_adam
+
+        step_adam(table, gradient, state, options, self.decoupled)
 
 
 class RowAdamW(RowAdam):

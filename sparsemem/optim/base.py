@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Int
@@ -22,6 +22,9 @@ from sparsemem.optim.gradients import Change, check_gradients, computing_dtype, 
 from sparsemem.optim.packing import pack, unpack
 from sparsemem.optim.rounding import round_stochastically
 
+if TYPE_CHECKING:
+    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
+
 State = dict[str, Tensor]
 Options = dict[str, Any]
 
@@ -35,6 +38,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
       `MemoryBank` and an `nn.Embedding(sparse=True)` have: only the rows in the gradient are
       read or written, with state a row. No step costs more for a larger table.
     - With a dense gradient: the ordinary dense update, which is the same equations for all of it.
+
+    On a GPU a kernel adds up, steps and rounds each row, and nothing waits but the check that all
+    gradients are finite; float64 parameters, stochastic rounding, rows of more than 16,384 numbers
+    and banks that have to be told of rows (a FAISS index, a folder) wait for which rows there are.
 
     A bank's rows change under its write lock and its index is told; rows that are no longer
     trainable (removed or frozen since the backward pass) are left alone, and a removed row's
@@ -68,6 +75,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _update(self, rows: Tensor, gradient: Tensor, state: State, options: Options) -> None:
         """One step of rows [n, ...] (or a whole parameter) and of their state, in place."""
+
+    @abstractmethod
+    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
+        """`_update` of a table's rows by a kernel, from the entries of a row-sparse gradient."""
 
     def _reach(self, state: State, ids: Tensor) -> None:
         """Make pages for wide rows of state that are stepped for the first time, by `reach`."""
@@ -165,6 +176,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if not is_table(change.parameter):  # sub-keys of product keys
             self._step(change, ids, gradient)
             return
+        if change.by_entry and ids is not None:
+            self._step_entries(change, ids, bank)
+            if len(ids):
+                tell(change.parameter, ids if bank.scans else torch.unique(ids))
+            return
         if ids is None:
             ids = torch.arange(len(gradient), device=gradient.device)
         kept = bank.is_trainable(ids)
@@ -177,6 +193,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _step(self, change: Change, ids: Tensor | None, gradient: Tensor) -> None:
         if ids is None:
             self._step_whole(change)
+        elif change.by_entry:
+            self._step_entries(change, ids, None)
         elif len(ids):
             self._step_rows(change, ids, gradient)
 
@@ -190,6 +208,18 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         parameter.index_copy_(0, ids, self._rounded(rows, change))
         for key, value in part.items():
             state[key].index_copy_(0, ids, value)
+
+    def _step_entries(self, change: Change, ids: Tensor, bank: MemoryBank | None) -> None:
+        """Step rows by a kernel, which leaves those of a bank alone that are not trainable now."""
+        from sparsemem.kernels.gpu.row_steps import sorted_gradient
+
+        state = self._state_of(change, by_row=True)
+        marks: list[Tensor | None] = [None, None, None]
+        if bank is not None:
+            book = bank.book
+            marks = [book.live, book.frozen, None if book.selection is None else book.selected]
+        gradient = sorted_gradient(ids, change.gradient, *marks)
+        self._launch(change.parameter, gradient, state, change.options)
 
     def _step_whole(self, change: Change) -> None:
         parameter, gradient = change.parameter, change.gradient
@@ -205,6 +235,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             state.update(self._zero_state(change.parameter, by_row, change.options))
         elif by_row:
             self._to_rows(change.parameter, state)
+        for name, value in state.items():  # where the parameter was moved since
+            state[name] = value.to(change.parameter.device)
         return state
 
     def _rounded(self, values: Tensor, change: Change) -> Tensor:

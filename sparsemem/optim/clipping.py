@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from sparsemem.bank.rows import by_row
 from sparsemem.optim.options import check_above_zero, check_range
 
 
@@ -24,7 +25,8 @@ def clip_grad_norm(
 
     Equal to `torch.nn.utils.clip_grad_norm_` of the same gradients made dense: it counts row-sparse
     gradients as what they add up to where a row is in them more than once, and leaves them in that
-    form (coalesced), which saves the optimiser doing so. Call it between backward and step,
+    form (coalesced), which saves the optimiser doing so; on a GPU a repeated row's sum becomes one
+    of its entries and the others zeros, so that nothing waits. Call it between backward and step,
     after `GradScaler.unscale_` if there is one.
 
     Args:
@@ -47,7 +49,7 @@ def clip_grad_norm(
         gradient = parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            parameter.grad = gradient = gradient.coalesce()
+            parameter.grad = gradient = by_row(gradient, gradient.dtype)
             gradient = gradient._values()
         gradients.append(gradient)
     filled = [gradient for gradient in gradients if gradient.numel()]

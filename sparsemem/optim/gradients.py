@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.indexes.triton_switch import use_triton
+
+WIDEST = 16_384  # numbers of a row that a kernel's program holds
+
 
 class Change(NamedTuple):
     """One parameter's gradient, ready to be applied."""
@@ -16,8 +20,9 @@ class Change(NamedTuple):
     name: str
     parameter: Tensor
     options: dict[str, Any]  # of its parameter group
-    ids: Int[Tensor, " n"] | None  # the distinct rows that have a gradient; None: it is dense
+    ids: Int[Tensor, " n"] | None  # the rows that have a gradient; None: it is dense
     gradient: Float[Tensor, "*shape"]  # [n, ...] or as the parameter, in its computing dtype
+    by_entry: bool = False  # ids are in no order and may repeat; the gradient has its own dtype
 
 
 def computing_dtype(parameter: Tensor) -> torch.dtype:
@@ -25,8 +30,18 @@ def computing_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def takes_entries(parameter: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a kernel adds up a row's gradients and steps it, so that nobody counts the rows."""
+    if not use_triton(parameter) or computing_dtype(parameter) != torch.float32:
+        return False
+    if options.get("rounding_seed") is not None and parameter.dtype == torch.bfloat16:
+        return False
+    width = parameter.numel() // max(1, len(parameter))
+    return parameter.is_contiguous() and width <= WIDEST
+
+
 def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change:
-    """A parameter's gradient, with the entries of a repeated row added up.
+    """A parameter's gradient; but for `takes_entries`, a repeated row's entries are added up.
 
     It is what autograd accumulates: dense, or sparse COO over the parameter's first dimension.
     """
@@ -41,6 +56,9 @@ def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change
         if gradient.layout == torch.sparse_coo:
             kind += f" with {gradient.sparse_dim()} sparse dimensions"
         raise TypeError(f"the gradient of {name} is {kind}, expected dense or sparse_coo with 1")
+    if takes_entries(parameter, options):
+        ids, values = gradient._indices()[0], gradient._values()
+        return Change(name, parameter, options, ids, values, by_entry=True)
     # Added up in the computing dtype: a bfloat16 sum would lose its small terms.
     whole = gradient.to(dtype).coalesce()
     return Change(name, parameter, options, whole.indices()[0], whole.values())
@@ -53,7 +71,7 @@ def check_gradients(changes: Sequence[Change]) -> None:
     device = changes[0].gradient.device
     # One number a parameter, so that a GPU is waited for once. A sum is finite unless an element
     # is not (or it overflowed: then look closer).
-    sums = [change.gradient.sum().to(device, torch.float64) for change in changes]
+    sums = [_sum(change.gradient).to(device, torch.float64) for change in changes]
     if torch.stack(sums).isfinite().all():
         return
     for change in changes:
@@ -67,3 +85,8 @@ def check_gradients(changes: Sequence[Change]) -> None:
                 f"the gradient of {change.name} at {place} is {value}, expected finite values;"
                 " nothing was stepped"
             )
+
+
+def _sum(gradient: Tensor) -> Tensor:
+    is_double = gradient.dtype == torch.float64
+    return gradient.sum(dtype=torch.float64 if is_double else torch.float32)

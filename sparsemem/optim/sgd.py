@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparsemem.optim.base import Options, RowOptimizer, State, zeros_like_rows
 from sparsemem.optim.options import check_range
+
+if TYPE_CHECKING:
+    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
 
 
 class RowSGD(RowOptimizer):
@@ -67,3 +70,8 @@ class RowSGD(RowOptimizer):
             velocity = state["momentum_buffer"].mul_(momentum).add_(gradient)
             gradient = gradient.add(velocity, alpha=momentum) if options["nesterov"] else velocity
         rows.sub_(gradient, alpha=float(options["lr"]))
+
+    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
+        from sparsemem.kernels.gpu.row_steps import step_sgd
+
+        step_sgd(table, gradient, state, options)

@@ -199,6 +199,25 @@ def test_allocation_equals_loops(rows):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 2, 6])
+def test_products_before_have_the_gradient_of_cumprod_also_at_zeros(zeros):
+    ordered = torch.rand(3, 6, dtype=torch.float64).sort().values
+    ordered[1, :zeros] = 0
+    ordered.requires_grad_()
+    products = addressing.ProductsBefore.apply(ordered)
+    plain = torch.cat([torch.ones(3, 1, dtype=torch.float64), ordered[:, :-1]], 1).cumprod(1)
+    assert torch.equal(products, plain)
+    seed = torch.randn_like(products)
+    (ours,), (truth,) = (torch.autograd.grad(p, ordered, seed) for p in (products, plain))
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_allocation_of_one_or_two_slots_has_gradients(slots):
+    usage = torch.tensor([[0.25, 0.5][:slots]], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(addressing.allocation, [usage])
+
+
 def test_allocation_of_unused_memory_is_the_first_slot():
     assert addressing.allocation(torch.zeros(1, 4)).tolist() == [[1.0, 0.0, 0.0, 0.0]]
 

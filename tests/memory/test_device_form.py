@@ -73,25 +73,24 @@ def test_the_scan_equals_the_laps_and_may_take_turns_with_them(history, fresh_to
 
 def step_of(episode, heads, k, read, generator):
     """One step of a memory: what was chosen, and the episode and its reads afterwards."""
-    batch, width = episode.batch_size, 3
+    shape = (episode.batch_size, heads, 3)
     fresh = episode.least_recent(heads)
     ids = torch.cat([read, fresh.unsqueeze(-1)], -1)
-    weights = torch.rand(ids.shape, generator=generator, dtype=F64).round(decimals=1)
-    words = torch.randn(batch, heads, width, generator=generator, dtype=F64)
+    weights = torch.rand(ids.shape, generator=generator, dtype=F64).round(decimals=1).to(ids.device)
+    words, query = torch.randn(2, *shape, generator=generator, dtype=F64).to(ids.device)
     episode = episode.write(ids, weights, words, fresh, new=heads)
-    query = torch.randn(batch, heads, width, generator=generator, dtype=F64)
     read = episode.search(query, k)
     rows, episode = episode.read(read, new=k)
-    shares = torch.full(read.shape, 1 / k, dtype=F64)
+    shares = torch.full(read.shape, 1 / k, dtype=F64, device=ids.device)
     episode.mark_accessed(Entries(torch.cat([ids, read], -1), torch.cat([weights, shares], -1)))
     return episode, read, (fresh, read, rows)
 
 
-def history_of(num_slots, heads, k, steps, seed=0):
+def history_of(num_slots, heads, k, steps, device="cpu"):
     """Everything that the steps choose and read, and the episode at their end."""
-    generator = torch.Generator().manual_seed(seed)
-    episode = Episode.start(2, num_slots, 3, dtype=F64, index_after=100)
-    read, seen = torch.empty(2, heads, 0, dtype=torch.int64), []
+    generator = torch.Generator().manual_seed(0)
+    episode = Episode.start(2, num_slots, 3, dtype=F64, index_after=100, device=device)
+    read, seen = torch.empty(2, heads, 0, dtype=torch.int64, device=device), []
     for _ in range(steps):
         episode, read, step = step_of(episode, heads, k, read, generator)
         seen.append(step)
@@ -179,3 +178,19 @@ def test_a_bound_is_exact_where_the_host_can_see():
         assert episode.bound > 20 + 3
     moved = episode.to("cpu")
     assert moved.bound == int(episode.touched.max())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_slots", [2**40, 40])
+def test_an_episode_on_a_gpu_is_the_same(num_slots):
+    seen, episode = history_of(num_slots, 2, 3, 90)
+    ours, other = history_of(num_slots, 2, 3, 90, "cuda")
+    assert other.extent == episode.extent
+    torch.testing.assert_close(other.rows().cpu(), episode.rows(), rtol=0, atol=1e-12)
+    for step, truth in zip(ours, seen, strict=True):
+        assert torch.equal(step[0].cpu(), truth[0])
+        assert torch.equal(step[1].cpu(), truth[1])
+    back, moved = other.to("cpu"), episode.to("cuda").to("cpu")
+    assert back.least_recent(5).tolist() == moved.least_recent(5).tolist()
+    assert back.least_recent(5).tolist() == episode.least_recent(5).tolist()

@@ -1,0 +1,233 @@
+"""A memory step by Triton's kernels, on the store in its form for devices; nothing here waits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsemem.indexes.ranking import GRID_BITS
+from sparsemem.kernels import DTYPES
+from sparsemem.kernels.fused import Step
+from sparsemem.kernels.gpu.backward import read_backward_kernel, write_backward_kernel
+from sparsemem.kernels.gpu.reading import read_kernel, search_kernel
+from sparsemem.kernels.gpu.writing import write_kernel
+from sparsemem.memory.entries import Entries
+
+if TYPE_CHECKING:
+    from sparsemem.memory.links import TemporalLinks
+    from sparsemem.memory.store import EpisodeStore
+
+TILE = 4096  # numbers that a program works on at once
+MIN_SIZE = 4  # of an array
+PART_ROWS = 512  # that a program searches, at least, if a search is divided
+PROGRAMS = 1024  # that fill a device
+ROUNDING = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
+
+
+class Sizes(NamedTuple):
+    """What the kernels are compiled for, and the number of threads."""
+
+    dtype: torch.dtype
+    heads: int
+    inputs: int  # I
+    width: int  # W
+    top_k: int  # K
+    linked: bool
+
+    @property
+    def read(self) -> int:
+        """R, rows that a head reads."""
+        return 3 * self.top_k if self.linked else self.top_k
+
+    @property
+    def columns(self) -> int:
+        """W."""
+        return padded(self.width)
+
+    @property
+    def neighbours(self) -> int:
+        """K."""
+        return padded(self.top_k)
+
+    @property
+    def support(self) -> int:
+        """S + 1, at any step: the last reads are R, or none."""
+        return padded(self.read + 1)
+
+    def block(self, count: int) -> int:
+        """How many of `count` rows are worked on at once."""
+        return min(padded(count), max(TILE // self.columns, MIN_SIZE))
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments of most kernels."""
+        return {"INPUTS": self.inputs, "WIDTH": self.width, "COLUMNS": self.columns}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of kernels that read K rows."""
+        neighbours = self.neighbours
+        warps = warps_for(neighbours * max(self.columns, self.support))
+        return {"K": self.top_k, "NEIGHBOURS": neighbours, "num_warps": warps}
+
+
+def padded(count: int) -> int:
+    """The length of an array of `count` numbers."""
+    return max(MIN_SIZE, 1 << (count - 1).bit_length())
+
+
+def warps_for(numbers: int) -> int:
+    """How many warps work on an array: 8 numbers a thread, or more."""
+    return min(max(1, numbers // 256), 8)
+
+
+def device_step(
+    store: EpisodeStore, values: Tensor, last: Entries, top_k: int, links: TemporalLinks | None
+) -> Step | None:
+    """As `take_step`; where the host must not see what is touched."""
+    if not can_step(store, values, last):
+        return None
+    heads, width = last.ids.shape[1], store.rows.shape[2]
+    inputs = values.shape[1] // heads
+    sizes = Sizes(values.dtype, heads, inputs, width, top_k, links is not None)
+    last = Entries(last.ids.contiguous(), last.weights.detach().contiguous())
+    store.visible(heads + top_k)  # makes room
+    with torch.no_grad(), torch.cuda.device_of(values):
+        written, write = write_step(sizes, store, values, last)
+        keys = search_step(sizes, store, values, written)
+        linked, weights_of = values.new_empty(0, dtype=torch.int64), values.new_empty(0)
+        if links is not None:
+            linked, weights_of = links_step(store, links, write, last, top_k)
+        return read_step(sizes, store, values, last, write, keys, linked, weights_of)
+
+
+def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
+    """Whether what a step needs is as the kernels expect it."""
+    return (
+        store.has_prefix
+        and store.is_bounded
+        and values.dtype == store.rows.dtype == last.weights.dtype
+        and values.dtype in DTYPES
+        and type(values) is Tensor  # a tensor that is only being traced has no numbers
+    )
+
+
+def write_step(
+    sizes: Sizes, store: EpisodeStore, values: Tensor, last: Entries
+) -> tuple[Tensor, Entries]:
+    """Choose fresh rows, erase them, write: what is touched then [B], what was written."""
+    batch, heads, support = last.ids.shape
+    written, touched = torch.empty_like(store.touched), torch.empty_like(store.touched)
+    ids = last.ids.new_empty(batch, heads, support + 1)
+    weights = values.new_empty(batch, heads, support + 1)
+    memory = (store.rows, store.norms, store.order.last_access, store.touched)
+    block = sizes.block(heads * (sizes.read + 1))
+    write_kernel[(batch,)](
+        *memory, written, touched, values, *last, ids, weights, support, store.rows.shape[1],
+        HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
+        SCAN=min(1024, padded(store.rows.shape[1])), BLOCK=block,
+        num_warps=max(4, warps_for(block * sizes.columns)),
+    )  # fmt: skip
+    store.touched, store.extent = touched, min(store.extent + heads, store.num_slots)
+    store.version += 1
+    return written, Entries(ids, weights)
+
+
+def search_step(sizes: Sizes, store: EpisodeStore, values: Tensor, written: Tensor) -> Tensor:
+    """The best rows by content of each part of the rows, as keys [B, H, P, K]."""
+    batch, capacity = store.rows.shape[:2]
+    parts = parts_of(store.extent + sizes.top_k, batch * sizes.heads)
+    keys = written.new_empty(batch, sizes.heads, parts, sizes.top_k)
+    block = min(max(TILE // sizes.columns, MIN_SIZE), 128)
+    search_kernel[(batch, sizes.heads, parts)](
+        store.rows, store.norms, written, values, keys, capacity,
+        HEADS=sizes.heads, **sizes.common, K=sizes.top_k, NEIGHBOURS=sizes.neighbours,
+        SCAN=block, GRID=2.0 ** GRID_BITS[sizes.dtype], ROUNDING=ROUNDING[sizes.dtype],
+    )  # fmt: skip
+    return keys
+
+
+def parts_of(rows: int, searches: int) -> int:
+    """Into how many parts each search of so many rows is divided."""
+    return max(1, min(rows // PART_ROWS, PROGRAMS // searches))
+
+
+def links_step(
+    store: EpisodeStore, links: TemporalLinks, write: Entries, last: Entries, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Update the links; ids [B, H, 2, K] of linked rows, and weights [B, H, 2, K, S]."""
+    extent = max(store.extent, top_k)
+    links.reserve(extent)
+    links.update(write, extent)
+    before = links.follow(links.precedes, last, top_k, extent)
+    after = links.follow(links.follows, last, top_k, extent)
+    weights_of = torch.stack([before.weights_of, after.weights_of], 2)
+    return torch.stack([before.ids, after.ids], 2), weights_of
+
+
+def read_step(
+    sizes: Sizes,
+    store: EpisodeStore,
+    values: Tensor,
+    last: Entries,
+    write: Entries,
+    keys: Tensor,
+    linked: Tensor,
+    weights_of: Tensor,
+) -> Step:
+    """Read, and end the step: mark what was accessed."""
+    batch, heads, parts, top_k = keys.shape
+    ids = keys.new_empty(batch, heads, sizes.read)
+    rows = values.new_empty(batch, heads, sizes.read, sizes.width)
+    weights, reads = values.new_empty(ids.shape), values.new_empty(batch, heads * sizes.width)
+    support, order = last.ids.shape[2], store.order
+    given = (values, last.weights, *write, keys, linked, weights_of)
+    read_kernel[(batch, heads)](
+        store.rows, order.last_access, store.touched, *given, ids, rows, weights, reads,
+        support, parts, store.rows.shape[1], order.time,
+        HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support,
+        LINKED=sizes.linked, KEYS=16 * sizes.neighbours, MARKS=min(32, 2 * sizes.support),
+    )  # fmt: skip
+    order.time += 1
+    store.extent = min(store.extent + top_k, store.num_slots)
+    backward = partial(device_backward, sizes)
+    return Step(backward, write, Entries(ids, weights), weights_of, rows, reads)
+
+
+def device_backward(
+    sizes: Sizes,
+    buffer: Tensor,
+    values: Tensor,
+    last_weights: Tensor,
+    write_ids: Tensor,
+    ids: Tensor,
+    links: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    to_reads: Tensor | None,
+    to_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the values and of the last read weights; the buffer is changed."""
+    batch, heads, support = last_weights.shape
+    to_reads = torch.zeros_like(rows[:, :, 0]) if to_reads is None else to_reads.contiguous()
+    to_weights = torch.zeros_like(weights) if to_weights is None else to_weights.contiguous()
+    last_weights = last_weights.contiguous()
+    to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
+    to_rows = torch.empty_like(rows)
+    given = (values, last_weights, links, rows, weights, to_reads, to_weights)
+    with torch.cuda.device_of(values):
+        read_backward_kernel[(batch * heads,)](
+            *given, to_rows, to_values, to_last, support,
+            **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
+        )  # fmt: skip
+        block = sizes.block(sizes.read + 1)
+        write_backward_kernel[(batch,)](
+            buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
+            buffer.shape[1],
+            HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, **sizes.reading,
+            GROUPS=3 if sizes.linked else 1, BLOCK=block,
+        )  # fmt: skip
+    return to_values, to_last
