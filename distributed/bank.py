@@ -6,7 +6,7 @@ Letters as in `sparsemem.bank.bank`; S shards.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from sparsemem.bank.bank import Hit
 from sparsemem.bank.book import NO_TAG
 from sparsemem.bank.errors import write_errors
 from sparsemem.bank.folder import check_new_place
-from sparsemem.bank.rows import own, sparse_gradient
+from sparsemem.bank.rows import by_row, own, row_sparse
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.home import Manifest, read_manifest, write_manifest
 from sparsemem.distributed.merging import assembled, chosen, merged
@@ -37,6 +37,7 @@ from sparsemem.files import new_folder
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.indexes.metrics import Metric
+from sparsemem.optim.remote import RowStep
 
 
 class ShardedBank(nn.Module):
@@ -69,6 +70,7 @@ class ShardedBank(nn.Module):
         if value_width is not None:
             self.values = rowless(self, self.num_rows, value_width, dtype)
         self.clock = manifest.clock
+        self.worker, self.num_workers = 0, 1  # of those whose gradients make one step together
 
     @staticmethod
     def create(
@@ -255,6 +257,22 @@ class ShardedBank(nn.Module):
             self.keys, ids, rows, self, self.clock
         )
 
+    def table_name(self, parameter: Tensor) -> str:
+        """Which table a parameter stands for."""
+        return "keys" if parameter is self.keys else "values"
+
+    def step_rows(self, steps: Sequence[RowStep]) -> None:
+        """Send an optimiser's step to the rows' owners: one call a shard."""
+        each: list[list[RowStep]] = [[] for _ in range(self.placement.num_shards)]
+        for step in steps:
+            for mine, part in zip(each, self.placement.split(step.ids), strict=True):
+                if len(part.local):
+                    gradient = step.gradient[part.places]
+                    mine.append(step._replace(ids=part.local, gradient=gradient))
+        alone = self.num_workers == 1
+        who = (self.worker, self.num_workers)
+        self.shards.ask("step", [None if alone and not mine else (mine, *who) for mine in each])
+
     def stats(self) -> dict[str, Any]:
         """Figures to watch: sums over the shards, `clock`, and `shards`, those of each.
 
@@ -272,6 +290,12 @@ class ShardedBank(nn.Module):
         parts = self.placement.split(ids)
         answers = self.shards.ask("trainable_of", [(part.local, time) for part in parts])
         return assembled(parts, answers, len(ids))
+
+    def gradient(self, ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Of a table, from that of its rows [*S, W]: an entry for each trainable row read."""
+        flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
+        kept = self.is_trainable(flat, ctx.time)
+        return by_row(row_sparse(flat[kept], values[kept], ctx.shape), ctx.dtype)
 
     def close(self) -> None:
         """Let go of the shards."""
@@ -398,7 +422,7 @@ class FetchedRows(torch.autograd.Function):
             gradient = of_rows if gradient is None else of_rows.add_(gradient)
         if gradient is None:  # nothing depends on either
             gradient = torch.zeros_like(rows)
-        return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None, None
+        return ctx.bank.gradient(ctx, ids, gradient), of_queries, None, None, None, None, None
 
 
 class FetchedValues(torch.autograd.Function):
@@ -418,4 +442,4 @@ class FetchedValues(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """A sparse COO tensor with one entry for each trainable row that was read."""
         (ids,) = ctx.saved_tensors
-        return sparse_gradient(ctx, ids, gradient), None, None, None, None
+        return ctx.bank.gradient(ctx, ids, gradient), None, None, None, None

@@ -22,13 +22,12 @@ from sparsemem.distributed.shard import ShardBank
 from sparsemem.files import write_synced
 from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
 from sparsemem.optim.base import RowOptimizer
+from sparsemem.optim.remote import RowStep
 
 CHANGES = ("take", "write_at", "remove_at", "freeze_at", "step")  # logged, and done once
 LOOKS = ("find", "rows_at", "offer", "live_of", "trainable_of", "stats_at", "expire_at", "mark")
 OPTIMISERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowAdam, RowAdamW)}
 BANK, STATE = "bank", "state.safetensors"  # of a checkpoint
-
-Gradients = dict[str, tuple[Tensor, Tensor]]  # ids [n] and values [n, W] of a table, by its name
 
 
 class Answer(NamedTuple):
@@ -51,7 +50,7 @@ class ShardServer:
         self.bank, self._log = bank, log
         self._answers: dict[str, Answer] = {}
         self._optimisers: dict[str, RowOptimizer] = {}
-        self._pushed: dict[str, dict[int, Gradients]] = {}
+        self._pushed: dict[int, Sequence[RowStep]] = {}  # of a step, by worker
         self._marks: list[tuple[Tensor, int]] = []  # accesses since the last call in the log
 
     def call(self, call: Call) -> Any:
@@ -74,40 +73,31 @@ class ShardServer:
             raise ValueError(known.error)
         return known.value
 
-    def step(
-        self,
-        name: str,
-        kind: str,
-        options: dict[str, Any],
-        gradients: Gradients,
-        worker: int = 0,
-        num_workers: int = 1,
-    ) -> None:
-        """A step of optimiser `name`, once the gradients of all workers are there.
+    def step(self, steps: Sequence[RowStep], worker: int = 0, num_workers: int = 1) -> None:
+        """Step rows, once the gradients of all workers are there.
 
         They are added up in the order of the workers, whoever came first.
         """
-        pushed = self._pushed.setdefault(name, {})
-        pushed[worker] = gradients
-        if len(pushed) < num_workers:
+        self._pushed[worker] = steps
+        if len(self._pushed) < num_workers:
             return
-        del self._pushed[name]
-        optimiser = self._optimiser(name, kind)
-        for group in optimiser.param_groups:
-            group.update(options)
-        tables = {"keys": self.bank.keys, "values": self.bank.values}
-        for table_name, table in tables.items():
-            parts = [
-                pushed[number][table_name]
-                for number in sorted(pushed)
-                if table_name in pushed[number]
-            ]
-            if table is not None and parts:
-                table.grad = gradient_of(table, parts)
+        pushed, self._pushed = self._pushed, {}
+        by_table: dict[str, list[RowStep]] = {}
+        for number in sorted(pushed):
+            for step in pushed[number]:
+                by_table.setdefault(step.table, []).append(step)
+        for name, parts in by_table.items():
+            self._step_table(name, parts)
+
+    def _step_table(self, name: str, parts: Sequence[RowStep]) -> None:
+        table: Tensor = getattr(self.bank, name)
+        optimiser = self._optimiser(name, parts[0].kind)
+        optimiser.param_groups[0].update(parts[0].options)
+        table.grad = gradient_of(table, parts)
         try:
             optimiser.step()
         finally:
-            self.bank.zero_grad()
+            table.grad = None
 
     def checkpoint(self, path: Path) -> None:
         """Write all of it into a new folder. Not between the gradients of one step."""
@@ -120,8 +110,7 @@ class ShardServer:
             "written": (written, self.bank.book.written[written], self.bank.book.last_written),
             "answers": {client: tuple(answer) for client, answer in self._answers.items()},
             "optimisers": {
-                name: (type(optimiser).__name__, state_of(optimiser))
-                for name, optimiser in self._optimisers.items()
+                name: state_of(optimiser) for name, optimiser in self._optimisers.items()
             },
         }
         write_synced(path / STATE, safetensors.torch.save(to_arrays(state)))
@@ -136,8 +125,9 @@ class ShardServer:
             server.bank.book.written.index_copy_(0, ids, times)
             for client, answer in state["answers"].items():
                 server._answers[client] = Answer(*answer)
-            for name, (kind, saved) in state["optimisers"].items():
-                server._optimiser(name, kind).load_state_dict(loadable(saved))
+            for name, saved in state["optimisers"].items():
+                kind, _, table = name.partition(" of ")
+                server._optimiser(table, kind).load_state_dict(loadable(saved))
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
             raise BankError(f"{path / STATE} is not a shard's state: {error}") from error
         return server._gone_on(log, calls)
@@ -190,19 +180,20 @@ class ShardServer:
         self._answers[call.client] = answer
         return answer
 
-    def _optimiser(self, name: str, kind: str) -> RowOptimizer:
-        if name not in self._optimisers:
-            check_known("optimiser", kind, list(OPTIMISERS))
-            self._optimisers[name] = OPTIMISERS[kind](self.bank.tables)
-        return self._optimisers[name]
+    def _optimiser(self, table: str, kind: str) -> RowOptimizer:
+        check_known("table", table, ("keys", "values"))
+        check_known("optimiser", kind, list(OPTIMISERS))
+        key = f"{kind} of {table}"
+        if key not in self._optimisers:
+            self._optimisers[key] = OPTIMISERS[kind]([getattr(self.bank, table)])
+        return self._optimisers[key]
 
 
-def gradient_of(table: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def gradient_of(table: Tensor, parts: Sequence[RowStep]) -> Tensor:
     """A table's row-sparse gradient, entries in the order of the parts."""
-    ids, values = (torch.cat(each) for each in zip(*parts, strict=True))
-    return torch.sparse_coo_tensor(
-        ids.unsqueeze(0), values.to(table.dtype), table.shape, check_invariants=False
-    )
+    ids = torch.cat([part.ids for part in parts])
+    values = torch.cat([part.gradient for part in parts]).to(table.dtype)
+    return torch.sparse_coo_tensor(ids.unsqueeze(0), values, table.shape, check_invariants=False)
 
 
 def state_of(optimiser: RowOptimizer) -> dict[str, Any]:

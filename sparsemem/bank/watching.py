@@ -83,6 +83,11 @@ def _tables(optimiser: Optimizer) -> Iterator[tuple[Tensor, MemoryBank]]:
             if "memory_bank" not in parameter.__dict__:
                 continue
             bank = bank_of(parameter)
+            if bank is not None and parameter.stride() == (0, 0):
+                raise TypeError(
+                    f"{type(optimiser).__name__} cannot step the rows of a sharded bank, which are"
+                    " elsewhere: use an optimiser of sparsemem.optim"
+                )
             if bank is not None and is_table(parameter):
                 yield parameter, bank
 

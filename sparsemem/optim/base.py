@@ -20,6 +20,7 @@ from sparsemem.bank.watching import is_table, tell
 from sparsemem.checks import check_size
 from sparsemem.optim.gradients import Change, check_gradients, computing_dtype, make_change
 from sparsemem.optim.packing import pack, unpack
+from sparsemem.optim.remote import RemoteBank, steps_of
 from sparsemem.optim.rounding import round_stochastically
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             bank = bank_of(parameter)
-            if bank is not None:
+            if bank is not None and not isinstance(bank, RemoteBank):
                 bank.add_listener(self)
 
     @torch.no_grad()
@@ -105,8 +106,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             for group in self.param_groups:
                 if group["rounding_seed"] is not None:
                     group["steps"] = group.get("steps", 0) + 1
+            self._step_remote(changes)
             for change in changes:
-                if (bank := bank_of(change.parameter)) is not None:
+                bank = bank_of(change.parameter)
+                if bank is not None and not isinstance(bank, RemoteBank):
                     self._step_bank(change, bank)
         for change in changes:  # nobody needs to wait for these
             if bank_of(change.parameter) is None:
@@ -166,10 +169,18 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         parameters = (parameter for _, parameter, _ in self._named())
         banks = {bank_of(parameter) for parameter in parameters if parameter.grad is not None}
         with ExitStack() as locks:
-            for bank in sorted((bank for bank in banks if bank is not None), key=id):
+            here = (bank for bank in banks if bank and not isinstance(bank, RemoteBank))
+            for bank in sorted(here, key=id):
                 locks.enter_context(bank.table.lock.write())
                 bank.expect_change()
             yield
+
+    def _step_remote(self, changes: list[Change]) -> None:
+        """One call of each bank whose rows are elsewhere."""
+        for bank in {bank_of(change.parameter) for change in changes}:
+            if isinstance(bank, RemoteBank):
+                own = [change for change in changes if bank_of(change.parameter) is bank]
+                bank.step_rows(steps_of(own, bank, type(self).__name__))
 
     def _step_bank(self, change: Change, bank: MemoryBank) -> None:
         ids, gradient = change.ids, change.gradient

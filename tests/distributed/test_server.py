@@ -7,6 +7,7 @@ from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.distributed.calls import Call, CallLog
 from sparsemem.distributed.server import ShardServer
 from sparsemem.distributed.shard import ShardBank
+from sparsemem.optim.remote import RowStep
 
 SHARD = "ab" * 16
 
@@ -22,10 +23,13 @@ def put(ids, value, sequence, client="one", time=None):
     return Call("write_at", arguments, client, sequence)
 
 
-def step(ids, value, sequence, worker=0, num_workers=1, kind="RowAdam"):
+def row_step(ids, value, kind="RowAdam"):
     gradient = torch.full((len(ids), 2), float(value), dtype=torch.float64)
-    gradients = {"keys": (torch.tensor(ids), gradient)}
-    arguments = ("main", kind, {"lr": 0.1}, gradients, worker, num_workers)
+    return RowStep("keys", kind, {"lr": 0.1}, torch.tensor(ids), gradient)
+
+
+def step(ids, value, sequence, worker=0, num_workers=1, kind="RowAdam"):
+    arguments = ([row_step(ids, value, kind)], worker, num_workers)
     return Call("step", arguments, f"worker {worker}", sequence)
 
 
@@ -85,9 +89,8 @@ def test_a_step_waits_for_all_workers_and_adds_in_their_order():
     server.call(step([0, 1], 1e16, 1, worker=1, num_workers=2, kind="RowSGD"))
     assert torch.equal(server.bank.keys, before)
     server.call(step([1, 2], 1.0, 1, worker=0, num_workers=2, kind="RowSGD"))
-    both = torch.tensor([[1.0] * 2, [1.0] * 2, [1e16] * 2, [1e16] * 2], dtype=torch.float64)
-    gradients = {"keys": (torch.tensor([1, 2, 0, 1]), both)}
-    alone.call(Call("step", ("main", "RowSGD", {"lr": 0.1}, gradients), "worker 0", 1))
+    parts = [row_step([1, 2], 1.0, "RowSGD"), row_step([0, 1], 1e16, "RowSGD")]
+    alone.call(Call("step", (parts,), "worker 0", 1))
     assert torch.equal(server.bank.keys, alone.bank.keys)
     assert not torch.equal(server.bank.keys, before)
 
