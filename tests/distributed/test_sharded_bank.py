@@ -57,7 +57,7 @@ def test_gradients_are_those_of_one_bank(num_shards, metric, value_width):
 )
 def test_training_gives_the_same_losses_and_rows(kind, num_shards, steps):
     one, many = pair(num_shards)
-    generator = torch.Generator().manual_seed(3)
+    start, generator = one.keys.detach().clone(), torch.Generator().manual_seed(3)
     data = torch.randn(steps, 8, WIDTH + VALUE_WIDTH, generator=generator)
     losses = []
     for bank in (one, many):
@@ -75,7 +75,7 @@ def test_training_gives_the_same_losses_and_rows(kind, num_shards, steps):
             own.append(loss.item())
         losses.append(own)
     assert losses[0] == losses[1]
-    assert losses[0][-1] < losses[0][0]
+    assert (one.keys != start).any(1).sum() > 30
     assert torch.equal(whole(many)[1], one.keys)
 
 
