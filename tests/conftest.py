@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import jaxtyping
@@ -45,16 +46,27 @@ def device(request) -> torch.device:
 
 
 def mended_interpreter() -> None:
-    """Triton 3.6 asks for arrays of one number as indices; NumPy refuses that from 2.4 on."""
+    """Triton 3.6's interpreter, working beside NumPy 2.4 and in half the time.
+
+    It asks for arrays of one number as indices, which NumPy refuses; and it prepares the whole
+    language at every call of a function by a kernel, where it has done so for the kernel.
+    """
+    import triton.language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    modules = {"tl": triton.language, "core": triton.language.core}
 
-    def patch_tensor(tensor, scope):
-        patch(tensor, scope)
+    def patch_index(tensor, scope):
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_tensor
+    def call(self, *arguments, **named):
+        return self.rewrite()(*arguments, **named)
+
+    interpreter._patch_lang = lambda _: patch(SimpleNamespace(__globals__=modules))
+    interpreter._patch_lang_tensor = patch_index
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsemem.memory.store import EpisodeStore
 
 TILE = 4096  # numbers that a program works on at once
+SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
 PART_ROWS = 512  # that a program searches, at least, if a search is divided
 PROGRAMS = 1024  # that fill a device
@@ -128,7 +129,7 @@ def write_step(
     write_kernel[(batch,)](
         *memory, written, touched, values, *last, ids, weights, support, store.rows.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
-        SCAN=min(1024, padded(store.rows.shape[1])), BLOCK=block,
+        SCAN=SCAN, BLOCK=block,
         num_warps=max(4, warps_for(block * sizes.columns)),
     )  # fmt: skip
     store.touched, store.extent = touched, min(store.extent + heads, store.num_slots)
