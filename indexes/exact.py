@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import Found, Index, best_of
@@ -204,6 +204,14 @@ def upper_bounds(
 
     Q, C >= 1. Infinite for all where a product might overflow or is not a number.
     """
+    bounds, certain = likely_bounds(metric, queries, rows)
+    return bounds if certain else torch.full_like(bounds, torch.inf)
+
+
+def likely_bounds(
+    metric: Metric, queries: Float[Tensor, "Q W"], rows: Float[Tensor, "C W"]
+) -> tuple[Float[Tensor, "Q C"], Bool[Tensor, ""]]:
+    """`upper_bounds`, and whether no product can have overflowed: else they mean nothing."""
     slack = rounding(rows.shape[1], rows.dtype) + product_rounding(rows.dtype)
     if metric is Metric.l2:  # distances are the same from anywhere, but squares far away cancel
         center = rows.mean(0)
@@ -211,16 +219,17 @@ def upper_bounds(
     if metric is Metric.cosine:
         queries = queries * inverse_norm(queries).unsqueeze(1)
     query_squares, squares = square_norms(queries), square_norms(rows)
-    if not query_squares.max() + squares.max() < torch.finfo(rows.dtype).max / 4:
-        return rows.new_full((len(queries), len(rows)), torch.inf)
+    certain = query_squares.max() + squares.max() < torch.finfo(rows.dtype).max / 4
     if metric is Metric.l2:
         # Less the floors of `square_norms` and as much again: these bounds must not sink by them.
         query_squares = query_squares - 4 * underflow(rows)
         least = torch.add(query_squares.unsqueeze(1), squares).mul_(slack - 1)
-        return least.addmm_(queries, rows.mT, alpha=2)
+        return least.addmm_(queries, rows.mT, alpha=2), certain
     bounds = torch.outer(slack * query_squares.sqrt(), squares.sqrt())
     bounds.addmm_(queries, rows.mT)
-    return bounds if metric is Metric.ip else bounds.mul_((squares + COSINE_EPSILON).rsqrt())
+    if metric is Metric.cosine:
+        bounds.mul_((squares + COSINE_EPSILON).rsqrt())
+    return bounds, certain
 
 
 def square_norms(rows: Float[Tensor, "n W"]) -> Float[Tensor, " n"]:

@@ -46,10 +46,12 @@ class QuerySample:
             # A wandering offset, so that no place in the batch is preferred.
             step = max(1, -(-len(queries) // many))
             some = queries[self._batches % step :: step]
-            place = [(self._kept + number) % SAMPLE for number in range(len(some))]
-            self._rows[place] = some
-            for number in place:
-                self._asked[number] = k
+            place = self._kept % SAMPLE
+            room = SAMPLE - place  # slices: a list of places would be copied to the device
+            self._rows[place : place + len(some)] = some[:room]
+            self._rows[: max(0, len(some) - room)] = some[room:]
+            for number in range(self._kept, self._kept + len(some)):
+                self._asked[number % SAMPLE] = k
             self._kept += len(some)
             self.seen += len(queries)
             self._batches += 1
