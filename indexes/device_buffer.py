@@ -110,7 +110,7 @@ class DeviceBuffer:
         tops = []
         for some in torch.split(queries, max(1, SCANNED_NUMBERS // self.count)):
             bounds, certain = likely_bounds(metric, some, rows)
-            bounds = torch.where(certain, bounds, torch.inf).masked_fill_(~latest, -torch.inf)
+            bounds.masked_fill_(~certain, torch.inf).masked_fill_(~latest, -torch.inf)
             tops.append(bounds.topk(min(k + SPARE, self.count), 1))
         bounds, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
         ids = self._ids[places].masked_fill(bounds == -torch.inf, MISSING)

@@ -283,7 +283,7 @@ def test_random_work_against_a_scan(metric, device):
         assert torch.equal(found.scores, own)
 
 
-def test_runs_are_alike(device):
+def test_runs_are_alike(device="cpu"):
     results = []
     for _ in range(2):
         index = make(device, buffer_rows=30, min_recall=0.9)
@@ -339,16 +339,29 @@ def test_readers_side_by_side_beside_a_writer(device):
     index.close()
 
 
-def test_what_a_search_and_a_change_wait_for():
-    index = make("cpu", buffer_rows=500)
-    index.update(torch.arange(20), clustered(20, seed=1))
-    current, queries = index.current, clustered(30, seed=2)
+@contextlib.contextmanager
+def nothing_waits(device):
+    """Fails where an operation of torch has the host wait for the device."""
     with Synchronisations() as waits, torch.no_grad():
+        before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(before)
+    assert waits.found == []
+
+
+def test_what_a_search_and_a_change_wait_for(device):
+    index = make(device, buffer_rows=500)
+    index.update(ids_of(0, 20, device), clustered(20, seed=1).to(device))
+    current, queries, ids = index.current, clustered(30, seed=2).to(device), ids_of(0, 20, device)
+    with nothing_waits(device):
         current.found(queries, K)
-    assert waits.found == []
-    with Synchronisations() as waits, torch.no_grad():
-        index.changed(torch.arange(20))
-    assert waits.found == []
+    with nothing_waits(device):
+        index.changed(ids)
     with Synchronisations() as waits, torch.no_grad():
         index._search(queries, K)
     assert waits.found == ["_local_scalar_dense"]  # whether a query is to be scanned
