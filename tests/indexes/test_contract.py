@@ -70,7 +70,8 @@ def sequences(count: int):
 
 
 def named(value) -> str:
-    return getattr(value, "name", str(value))
+    place = "device " if isinstance(value, DeviceKind) else ""
+    return place + getattr(value, "name", str(value))
 
 
 cases = pytest.mark.parametrize(("kind", "metric"), CASES, ids=named)
