@@ -141,7 +141,7 @@ class GatherRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, ids: Tensor, bank: MemoryBank, all_found: bool) -> Tensor:
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
-        _remember(ctx, table, bank, all_found)
+        remember(ctx, table, bank, all_found)
         return taken(table, ids, bank.computing_dtype)
 
     @staticmethod
@@ -169,7 +169,7 @@ class ScoredRows(torch.autograd.Function):
         rows = taken(table, ids, bank.computing_dtype)
         scores = scores.clone()  # an output of its own
         ctx.save_for_backward(ids, queries, rows, scores)
-        _remember(ctx, table, bank, all_found)
+        remember(ctx, table, bank, all_found)
         ctx.set_materialize_grads(False)
         return rows, scores
 
@@ -190,7 +190,7 @@ class ScoredRows(torch.autograd.Function):
         return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None
 
 
-def _remember(ctx: Any, table: Tensor, bank: MemoryBank, all_found: bool) -> None:
+def remember(ctx: Any, table: Tensor, bank: MemoryBank, all_found: bool) -> None:
     """What the backward pass has to know of a read of a bank's table."""
     ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
     ctx.all_found, ctx.table, ctx.changes = all_found, bank.table, bank.table.changes

@@ -299,6 +299,10 @@ class RowStore(nn.Module):
                 self.journal.record(Kind.DROP, gone, {})
         self._unrecorded.clear()
 
+    def count_call(self) -> None:
+        """Count one call of the usage clock; rows go whose time is over by then."""
+        self._expire_before(self.book.tick())
+
     def used(self, ids: Int[Tensor, " n"]) -> int:
         """Count one call of the usage clock and an access of each of these rows; its time.
 

@@ -114,8 +114,7 @@ def trained(device, kind, metric, dtype, steps=3):
     return [part.detach().cpu() for part in (*seen, bank.keys, bank.values, *columns, *state)]
 
 
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize(("kind", "metric"), [*((kind, "cosine") for kind in CASES), ("sgd", "l2")])
 def test_training_is_as_on_the_cpu(triton_device, reference, kind, metric):
     expected = reference(trained, kind, metric, torch.float32)
     found = trained(triton_device, kind, metric, torch.float32)
@@ -131,8 +130,10 @@ def test_half_precision_is_as_on_the_cpu(triton_device, reference):
         torch.testing.assert_close(one, other, **near)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize(
+    ("dtype", "metric"),
+    [(torch.float32, "cosine"), (torch.bfloat16, "ip"), (torch.float32, "l2")],
+)
 def test_a_training_step_waits_for_two_checks(triton_device, dtype, metric):
     bank = filled(triton_device, dtype=dtype, metric=metric)
     optimiser = RowAdam(bank.parameters())
@@ -249,11 +250,74 @@ def test_tables_in_a_file_stay_there(tmp_path, place):
     bank.double().to("cpu")  # which takes them out of the file
 
 
-@pytest.mark.gpu
+def layered(device, kind):
+    """What a layer's output and gradients are, the bank's and all others'."""
+    torch.manual_seed(2)
+    options = {"index": kind, "metric": "ip", "initial": "normal", "device": device}
+    bank = MemoryBank(25, W, V, **options)
+    bank.remove(torch.arange(3, device=device))
+    layer = MemoryLayer(8, bank, num_heads=2, top_k=4)
+    layer.to(device)
+    input = torch.randn(2, 3, 8).to(device).requires_grad_()
+    output = layer(input)
+    output.square().sum().backward()
+    gradients = [parameter.grad.to_dense() for parameter in layer.parameters()]
+    return [part.detach().cpu() for part in (output, input.grad, bank.book.accesses, *gradients)]
+
+
 @pytest.mark.parametrize("index", ["exact", "product-key"])
-def test_a_layer_under_autocast(index):
-    size = 25 if index == "product-key" else N
-    bank = MemoryBank(size, W, V, index=index, metric="ip", device="cuda", initial="normal")
+def test_a_layer_is_as_on_the_cpu(triton_device, reference, index, monkeypatch):
+    expected = reference(layered, index)
+
+    def refuse(*_):
+        raise AssertionError("values are copied")
+
+    monkeypatch.setattr("sparsemem.bank.bank.gather", refuse)
+    for one, other in zip(layered(triton_device, index), expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_a_layer_waits_for_one_check(triton_device):
+    bank = filled(triton_device, metric="ip")
+    layer = MemoryLayer(8, bank, num_heads=2, top_k=4).to(triton_device)
+    input, counts = torch.randn(2, 3, 8).to(triton_device), []
+    for _ in range(2):
+        with waits_for(bank) as forward:
+            output = layer(input).sum()
+        with waits_for(bank) as backward:
+            output.backward()
+        counts.append((len(forward), len(backward)))
+    assert counts[-1] == (1, 0)
+
+
+@pytest.mark.parametrize("query_norm", ["layer", "batch"])
+def test_a_layer_names_the_input_that_is_not_finite(triton_device, query_norm):
+    layer = MemoryLayer(8, filled(triton_device), top_k=2, query_norm=query_norm)
+    layer.to(triton_device)
+    input = torch.randn(2, 3, 8)
+    input[1, 2, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"input\[1, 2, 5\] is nan, expected finite values"):
+        layer(input.to(triton_device))
+    if query_norm == "batch":
+        assert layer.query_norm.running_mean.isfinite().all()
+
+
+def test_a_row_that_a_backward_pass_needs_is_not_to_be_written(triton_device):
+    bank = filled(triton_device, metric="ip")
+    layer = MemoryLayer(8, bank, top_k=2).to(triton_device)
+    output = layer(torch.randn(1, 1, 8).to(triton_device)).sum()
+    read = bank.book.last_access.eq(2).nonzero().squeeze(1)
+    other = bank.book.last_access.ne(2).nonzero().squeeze(1)[:1]
+    bank.write(other, torch.ones(1, W).to(triton_device), torch.ones(1, V).to(triton_device))
+    output.backward(retain_graph=True)
+    bank.write(read[:1], torch.ones(1, W).to(triton_device), torch.ones(1, V).to(triton_device))
+    with pytest.raises(RuntimeError, match=rf"row {int(read[0])} was written between a read and"):
+        output.backward()
+
+
+@pytest.mark.gpu
+def test_a_layer_under_autocast():
+    bank = filled("cuda", metric="ip")
     layer = MemoryLayer(8, bank, num_heads=2, top_k=4).cuda()
     input = torch.randn(2, 3, 8, device="cuda", requires_grad=True)
     expected = layer(input)
