@@ -1,4 +1,4 @@
-"""Exact search: a scan of all live rows, in blocks, on any device.
+"""Exact search: a scan of all live rows, in blocks, on any device. `device_scan` is a GPU's own.
 
 A matrix product scores rows fast, but its sums differ from the rows' own scores
 (`Metric.scores`) by rounding, and so does its order. Therefore it only sorts out: it gives each
@@ -20,8 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import Found, Index, best_of
+from sparsemem.indexes.device_scan import device_scan, fits
 from sparsemem.indexes.metrics import COSINE_EPSILON, Metric, inverse_norm
 from sparsemem.indexes.table import RowTable
+from sparsemem.indexes.triton_switch import use_triton
 
 BLOCK_ROWS = 16_384  # rows scanned at once
 BATCH_QUERIES = 256  # queries scanned at once: the bounds of a block take 16 MiB
@@ -53,7 +55,12 @@ class ExactIndex(Index):
 
 
 def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
-    """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`."""
+    """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`.
+
+    On a GPU by `device_scan`, where that fits.
+    """
+    if use_triton(queries) and fits(table, k):
+        return device_scan(table, metric, queries, k)
 
     def blocks() -> Iterable[tuple[Tensor, Tensor]]:
         for start in range(0, table.extent, BLOCK_ROWS):

@@ -1,0 +1,233 @@
+"""The exact search of a GPU against a plain sort of the rows' own scores in float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparsemem.indexes import device_scan
+from sparsemem.indexes.device_scan import Shape, fits, shape_of
+from sparsemem.indexes.exact import ExactIndex
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
+from tests.oracles.synchronisations import Synchronisations
+
+metrics = pytest.mark.parametrize("metric", list(Metric))
+FLOAT32 = 2e-6  # what a float32 score may err by, as a share of the greatest
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_faster(request, monkeypatch):
+    if "triton_device" in request.fixturenames:
+        monkeypatch.setattr(device_scan, "SPARE", 2)
+
+
+def table_of(rows: torch.Tensor, device, live: torch.Tensor | None = None) -> RowTable:
+    live = torch.ones(len(rows), dtype=torch.bool) if live is None else live
+    return RowTable(rows.to(device), live.to(device))
+
+
+def search(table: RowTable, metric: Metric, queries: torch.Tensor, k: int):
+    """What the index finds, on the CPU."""
+    found = ExactIndex(table, metric).search(queries.to(table.rows.device), k)
+    return found.scores.cpu(), found.ids.cpu()
+
+
+def worths(table: RowTable, metric: Metric, queries: torch.Tensor) -> torch.Tensor:
+    """Of every row for every query, in float64; -inf for what is not live."""
+    rows = table.rows.cpu().double()
+    own = torch.stack([metric.scores(query, rows) for query in queries.double()]) * metric.sign
+    return own.masked_fill(~table.live.cpu(), -torch.inf)
+
+
+def agrees(table: RowTable, metric: Metric, queries: torch.Tensor, k: int) -> None:
+    """As good as the k best, each with its own score, best first, ties by id; -1 beyond."""
+    scores, ids = search(table, metric, queries, k)
+    own = worths(table, metric, queries)
+    count = min(k, int(table.live.sum()))
+    best = own.topk(count).values
+    slack = FLOAT32 * own[own.isfinite()].abs().max()
+    assert (ids[:, count:] == -1).all()
+    assert (scores[:, count:] == metric.missing).all()
+    scores, ids = scores[:, :count] * metric.sign, ids[:, :count]
+    assert (ids >= 0).all()
+    assert all(len(set(row)) == count for row in ids.tolist())
+    torch.testing.assert_close(own.gather(1, ids), best, rtol=0, atol=slack)
+    torch.testing.assert_close(scores.double(), own.gather(1, ids), rtol=0, atol=slack)
+    better, equal = scores[:, :-1] > scores[:, 1:], scores[:, :-1] == scores[:, 1:]
+    assert (better | (equal & (ids[:, :-1] < ids[:, 1:]))).all()
+
+
+@metrics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finds_the_best_rows(metric, dtype, triton_device):
+    live = torch.rand(837) < 0.8
+    live[128:384] = False  # whole tiles of them
+    table = table_of(torch.randn(837, 64).to(dtype), triton_device, live)
+    agrees(table, metric, torch.randn(3, 64), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "metric"), [(5, Metric.l2), (16, Metric.ip), (100, Metric.l2)])
+def test_rows_of_any_width(width, metric, dtype, triton_device):
+    table = table_of(torch.randn(300, width).to(dtype), triton_device)
+    agrees(table, metric, torch.randn(1, width), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_queries_in_several_passes(dtype, triton_device, monkeypatch):
+    # 64 at once, and then 6: the products of half rows are turned for the first.
+    monkeypatch.setattr(device_scan, "MOST_QUERIES", 64)
+    monkeypatch.setattr(device_scan, "SPARE", 1)
+    table = table_of(torch.randn(300, 64).to(dtype), triton_device)
+    agrees(table, Metric.cosine, torch.randn(70, 64), 1)
+
+
+@metrics
+def test_equal_rows_are_found_in_the_order_of_their_ids(metric, triton_device):
+    rows = torch.randn(1500, 16).mul(2).round()  # sums are exact in the interpreter, too
+    copies = torch.arange(30, 1500, 70)  # in more tiles than are scored again
+    rows[copies] = rows[30].clone()
+    query = rows[30:31] * 1.0
+    if metric is Metric.ip:
+        query = query * 100
+        rows.clamp_(-1, 1)
+        rows[copies] = query[0].sign()
+    table = table_of(rows, triton_device)
+    table.set_live(copies[1:3].to(triton_device), False)
+    _, ids = search(table, metric, query, 6)
+    assert ids.tolist() == [[30, *copies[3:8].tolist()]]
+
+
+@metrics
+def test_nothing_but_equal_rows(metric, triton_device):
+    table = table_of(torch.zeros(1000, 4), triton_device)
+    table.set_live(torch.tensor([0, 2, 51], device=triton_device), False)
+    _, ids = search(table, metric, torch.randn(2, 4), 4)
+    assert ids.tolist() == [[1, 3, 4, 5]] * 2
+
+
+@metrics
+def test_fewer_live_rows_than_asked_for(metric, triton_device):
+    live = torch.zeros(1200, dtype=torch.bool)
+    live[torch.tensor([3, 700, 1100])] = True
+    table = table_of(torch.randn(1200, 8), triton_device, live)
+    agrees(table, metric, torch.randn(2, 8), 5)
+    table.set_live(torch.tensor([3, 700, 1100], device=triton_device), False)
+    scores, ids = search(table, metric, torch.randn(2, 8), 2)
+    assert ids.tolist() == [[-1, -1]] * 2
+    assert (scores == metric.missing).all()
+
+
+def test_no_rows_and_no_queries(triton_device):
+    table = table_of(torch.randn(40, 8), triton_device, torch.zeros(40, dtype=torch.bool))
+    scores, ids = search(table, Metric.ip, torch.randn(2, 8), 3)
+    assert ids.tolist() == [[-1] * 3] * 2
+    assert scores.tolist() == [[-torch.inf] * 3] * 2
+    scores, ids = search(
+        table_of(torch.randn(40, 8), triton_device), Metric.ip, torch.empty(0, 8), 3
+    )
+    assert scores.shape == ids.shape == (0, 3)
+
+
+def test_as_many_rows_as_can_be_asked_for(triton_device):
+    agrees(table_of(torch.randn(500, 8), triton_device), Metric.cosine, torch.randn(1, 8), 128)
+
+
+@metrics
+def test_a_row_that_is_not_a_number_ranks_last(metric, triton_device):
+    rows = torch.randn(120, 4)
+    rows[60] = torch.nan
+    live = torch.ones(120, dtype=torch.bool)
+    live[64:] = False
+    scores, ids = search(table_of(rows, triton_device, live), metric, torch.ones(1, 4), 65)
+    assert ids[0, 63:].tolist() == [60, -1]
+    assert scores[0, 63:].tolist() == [metric.missing] * 2
+    assert scores[0, :63].isfinite().all()
+    # Alone in its tile it is better than nothing.
+    live[:64] = torch.arange(64) == 60
+    _, ids = search(table_of(rows, triton_device, live), metric, torch.ones(1, 4), 2)
+    assert ids.tolist() == [[60, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_distances_far_from_the_origin(dtype, triton_device):
+    rows = (1000 + torch.randn(2000, 16)).to(dtype)
+    queries = rows[:2].float() + 0.01
+    table = table_of(rows, triton_device)
+    _, ids = search(table, Metric.l2, queries, 3)
+    best = worths(table, Metric.l2, queries).topk(3).values
+    torch.testing.assert_close(worths(table, Metric.l2, queries).gather(1, ids), best)
+
+
+@metrics
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_queries_of_any_size(metric, scale, triton_device):
+    rows = torch.randn(300, 8).half()
+    scores, ids = search(table_of(rows, triton_device), metric, scale * torch.randn(1, 8), 2)
+    assert scores.isfinite().all()
+    if metric is not Metric.l2:  # there the rows, or the query, are all that float32 can tell
+        torch.manual_seed(0)
+        assert torch.equal(torch.randn(300, 8).half(), rows)
+        own = worths(table_of(rows, "cpu"), metric, torch.randn(1, 8))
+        torch.testing.assert_close(own.gather(1, ids), own.topk(2).values, rtol=1e-4, atol=0)
+
+
+def test_rows_of_a_wider_table(triton_device):
+    wide = torch.randn(300, 40, device=triton_device)
+    table = RowTable(wide[:, 8:24], torch.ones(300, dtype=torch.bool, device=triton_device))
+    agrees(table, Metric.ip, torch.randn(2, 16), 2)
+
+
+def test_a_search_waits_for_nothing(triton_device):
+    table = table_of(torch.randn(200, 16), triton_device)
+    queries = torch.randn(2, 16, device=triton_device)
+    with Synchronisations() as waits:
+        for metric in Metric:
+            device_scan.device_scan(table, metric, queries, 2)
+    assert waits.found == []
+
+
+def test_rows_that_are_changed_in_place_are_found(triton_device):
+    table = table_of(torch.randn(400, 16), triton_device)
+    index = ExactIndex(table, Metric.cosine)
+    query = torch.ones(1, 16, device=triton_device)
+    index.update(torch.tensor([399], device=triton_device), 3 * query)
+    assert index.search(query, 1).ids.tolist() == [[399]]
+    index.remove(torch.tensor([399], device=triton_device))
+    assert index.search(query, 1).ids.tolist() != [[399]]
+
+
+@settings(max_examples=12, suppress_health_check=list(HealthCheck), database=None)
+@given(st.integers(1, 260), st.integers(1, 4), st.sampled_from(Metric), st.integers(0, 2**20))
+def test_small_tables_of_few_values(triton_device, count, k, metric, seed):
+    # All sums are exact: the result is the same, ties included.
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-1, 2, (count, 4), generator=generator).float()
+    live = torch.rand(count, generator=generator) < 0.7
+    queries = torch.randint(-2, 3, (2, 4), generator=generator).float()
+    table = table_of(rows, triton_device, live)
+    _, ids = search(table, metric, queries, k)
+    own = worths(table, metric, queries).float()
+    order = own.argsort(dim=1, descending=True, stable=True)[:, :k]
+    expected = torch.where(own.gather(1, order) == -torch.inf, -1, order)
+    if metric is Metric.cosine:  # multiples of a row differ by rounding
+        seen = own.gather(1, ids.clamp(min=0))[ids >= 0]
+        torch.testing.assert_close(seen, own.gather(1, order)[expected[:, : ids.shape[1]] >= 0])
+    else:
+        assert ids[:, : order.shape[1]].tolist() == expected.tolist()
+
+
+def test_what_the_kernels_can_search():
+    table = RowTable(torch.zeros(4, 8), torch.ones(4, dtype=torch.bool))
+    assert fits(table, 128)
+    assert not fits(table, 129)
+    assert not fits(RowTable(torch.zeros(4, 513), table.live), 1)
+    assert not fits(RowTable(torch.zeros(4, 8, dtype=torch.float64), table.live), 1)
+    assert not fits(RowTable(torch.zeros(8, 4).T, torch.ones(4, dtype=torch.bool)), 1)
+
+
+def test_columns_are_a_power_of_two_that_a_product_takes():
+    assert shape_of(5, torch.float32, 16) == Shape(64, 16, 4, 3, 3, 168)
+    assert shape_of(100, torch.float32, 128) == Shape(64, 32, 4, 3, 2, None)
+    assert shape_of(64, torch.bfloat16, 64) == Shape(128, 64, 4, 3, 3, None)
