@@ -1,8 +1,4 @@
-"""Captured sequences: what is captured and when, and that replays equal the model.
-
-Without a GPU torch's graphs are replaced by `FakeGraphs`, which keep their worst habits: inputs,
-outputs and gradients stay where they are, and what a replay computed is gone with the next.
-"""
+"""Captured sequences: what is captured and when, and that replays equal the model."""
 
 import copy
 import warnings
@@ -12,8 +8,8 @@ import torch
 from torch import nn
 
 import sparsemem
-from sparsemem.models import captured as module
 from sparsemem.models.captured import Captured, CapturedState
+from tests.oracles.fake_graphs import FakeGraphs
 
 SIZES = {"input_size": 3, "hidden_size": 8, "output_size": 2}
 MODELS = {
@@ -25,49 +21,9 @@ MODELS = {
 }
 
 
-class FakeGraphs(module.Graphs):
-    """Stands in for torch's graphs: runs the model, and lists what was captured."""
-
-    captured: list[tuple[int, ...]]
-    replays: int
-    error: Exception | None
-
-    def __init__(self, model, input, pool):
-        if FakeGraphs.error is not None:
-            raise FakeGraphs.error
-        self.captured.append(tuple(input.shape))
-        self._model = model
-        self._input = input.detach().clone().requires_grad_(input.requires_grad)
-        tensors = (self._input, *model.parameters())
-        self._trained = [tensor for tensor in tensors if tensor.requires_grad]
-        live, self._touched = self._run()
-        self._output, self._gradient = live.detach().clone(), torch.zeros_like(live)
-        self._gradients = tuple(torch.zeros_like(tensor) for tensor in self._trained)
-
-    def forward(self, input):
-        FakeGraphs.replays += 1
-        with torch.no_grad():
-            self._input.copy_(input)
-        with torch.set_grad_enabled(bool(self._trained)):
-            self._live, touched = self._run()
-        self._output.copy_(self._live.detach())
-        self._touched.copy_(touched)
-        return self._output, self._touched
-
-    def backward(self, gradient):
-        self._gradient.copy_(gradient)
-        for place, found in zip(self._gradients, self._gradients_of(self._live), strict=True):
-            place.copy_(found)
-        return self._gradients
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    FakeGraphs.captured, FakeGraphs.replays, FakeGraphs.error = [], 0, None
-    monkeypatch.setattr(module, "on_gpu", lambda input: True)
-    monkeypatch.setattr(module, "graph_pool", lambda: "pool")
-    monkeypatch.setattr(module, "Graphs", FakeGraphs)
-    return FakeGraphs
+    return FakeGraphs.stand_in(monkeypatch)
 
 
 @pytest.fixture
