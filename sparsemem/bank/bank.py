@@ -307,6 +307,7 @@ class MemoryBank(RowStore):
                 raise ValueError("top is None, expected the number of rows to select")
             check_size("top", top)
         with torch.no_grad(), self.table.lock.write():
+            self._drop_blanks()
             if policy is None or top is None:
                 self._selection.lift()
                 return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -196,23 +196,26 @@ def remember(ctx: Any, table: Tensor, bank: MemoryBank, all_found: bool) -> None
     ctx.all_found, ctx.table, ctx.changes = all_found, bank.table, bank.table.changes
 
 
-def _all_trainable(ctx: Any) -> bool:
-    """Whether all rows read are known to take gradients, without a look at any of them."""
+def _all_there(ctx: Any) -> bool:
+    """Whether all rows read are known to be there as they were, without a look at any of them."""
     table, book = ctx.bank.table, ctx.bank.book
-    if not ctx.all_found or table is not ctx.table or table.changes != ctx.changes:
-        return False  # rows came or went
-    return not book.num_frozen and book.selection is None and book.last_written <= ctx.time
+    same = table is ctx.table and table.changes == ctx.changes  # no row came or went
+    return ctx.all_found and same and book.last_written <= ctx.time
 
 
 def sparse_gradient(ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
     """Of a table, from that of its rows [*S, W]: an entry for each trainable row that was read.
 
-    On a device the host waits for their number, unless it knows that all of them are.
+    On a device rows that are frozen or not selected have entries too, of zeros, so that the host
+    need not wait for the number of the others. It has to where rows came, went or were written.
     """
     flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
-    if not _all_trainable(ctx):
+    book, all_there = ctx.bank.book, _all_there(ctx)
+    if not all_there or book.num_frozen or book.selection is not None:
         kept = ctx.bank.is_trainable(flat, ctx.time)
-        if not kept.all():
+        if all_there and on_device(flat):
+            values = values.masked_fill(~kept.unsqueeze(1), 0)
+        elif not kept.all():
             flat, values = flat[kept], values[kept]
     if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
         return by_row(row_sparse(flat, values, ctx.shape), ctx.dtype)
@@ -306,12 +309,15 @@ def bank_of(parameter: Tensor) -> MemoryBank | None:
 
 def without_rows(gradient: Tensor, ids: Int[Tensor, " n"]) -> Tensor:
     """A row-sparse gradient without the entries of some rows."""
-    place = gradient._indices()
-    kept = ~torch.isin(place[0], ids)
+    return entries(gradient, ~torch.isin(gradient._indices()[0], ids))
+
+
+def entries(gradient: Tensor, kept: Bool[Tensor, " n"]) -> Tensor:
+    """A row-sparse gradient of some of its entries."""
     if kept.all():
         return gradient
     return torch.sparse_coo_tensor(
-        place[:, kept],
+        gradient._indices()[:, kept],
         gradient._values()[kept],
         gradient.shape,
         is_coalesced=gradient.is_coalesced(),

@@ -18,7 +18,14 @@ from sparsemem.bank.book import FOREVER, RowBook
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
 from sparsemem.bank.journal import Journal, Kind
-from sparsemem.bank.rows import fill_normal, new_tables, on_device, own, without_rows
+from sparsemem.bank.rows import (
+    entries,
+    fill_normal,
+    new_tables,
+    on_device,
+    own,
+    without_rows,
+)
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
@@ -373,6 +380,7 @@ class RowStore(nn.Module):
         if self.journal is not None:
             self.journal.record(Kind.FLAG, ids, {"frozen": frozen})
         with self._applying():
+            self._drop_blanks()
             self.book.flag(ids, frozen)
             if not frozen.all():
                 self._room.released()
@@ -387,6 +395,17 @@ class RowStore(nn.Module):
         for table in self.tables:
             if table.grad is not None and table.grad.is_sparse:
                 table.grad = without_rows(table.grad, ids)
+
+    def _drop_blanks(self) -> None:
+        """Before rows become trainable: on a device, gradients may have zeros for them.
+
+        An optimiser would take those for a gradient, and move the row by its momentum.
+        """
+        for table in self.tables:
+            gradient = table.grad
+            if gradient is not None and gradient.is_sparse and on_device(gradient):
+                able = self.is_trainable(gradient._indices()[0])
+                table.grad = entries(gradient, able | gradient._values().ne(0).any(1))
 
     def _allocate(
         self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path
