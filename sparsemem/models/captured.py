@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.checks import check_size
+from sparsemem.memory.devices import rehearsal
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.controller import has_global_hooks
 from sparsemem.models.precision import is_autocast
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-WARM_UPS = 2
 
 
 class CapturedState:
@@ -182,7 +182,7 @@ class Graphs:
         inputs = (self._input, *model.parameters())
         self._trained = [tensor for tensor in inputs if tensor.requires_grad]
         with torch.cuda.device(input.device), uncached_autocast(), same_stream():
-            self._warm_up()
+            self._rehearse()
             self._capture(pool)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,16 +208,24 @@ class Graphs:
     def _gradients_of(self, output: Tensor) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(output, self._trained, self._gradient, allow_unused=True)
 
-    def _warm_up(self) -> None:
-        """Let kernels be compiled, and libraries set up, what they do at their first call."""
+    def _rehearse(self) -> None:
+        """Have done all that is done at a first time, and refuse what cannot be captured.
+
+        The second time whatever has the host wait raises: in a capture that would raise, too, and
+        leave torch's allocator and random numbers in the middle of it.
+        """
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            for _ in range(WARM_UPS):
-                output, _ = self._run()
-                self._gradient = torch.ones_like(output)
-                if output.requires_grad:
-                    self._gradients_of(output)
+        with torch.cuda.stream(torch.cuda.Stream()), rehearsal():  # type: ignore[no-untyped-call]
+            self._both_ways()
+            with no_waits():
+                self._both_ways()
         torch.cuda.synchronize()
+
+    def _both_ways(self) -> None:
+        output, _ = self._run()
+        self._gradient = torch.ones_like(output)
+        if output.requires_grad:
+            self._gradients_of(output)
 
     def _capture(self, pool: Any) -> None:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -296,6 +304,17 @@ def first_of(error: BaseException) -> BaseException:
 def graph_pool() -> Any:
     """Memory for graphs to share."""
     return torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """What has the host wait for the GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager
