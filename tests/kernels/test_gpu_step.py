@@ -19,10 +19,10 @@ from tests.oracles.synchronisations import Synchronisations
 MODELS = [SAM, SDNC]
 TOLERANCE = {F32: 1e-4, F64: 1e-10}
 SIZES = [  # heads, K, W, slots (few: they are used up), dtype
-    (4, 3, 5, 5, F64),
+    (2, 3, 5, 4, F64),
     (1, 1, 32, 3, F64),
-    (2, 4, 33, 60, F64),
-    (2, 3, 16, 7, F32),
+    (4, 4, 33, 9, F64),
+    (3, 3, 16, 7, F32),
 ]
 ON_GPU = [SIZES[0], SIZES[3]]
 
@@ -151,7 +151,7 @@ def test_many_rows_are_gone_through_piece_by_piece(
     model_class, triton_device, switch, taken, monkeypatch
 ):
     """Searched in parts, too, and with elements that have touched different numbers of rows."""
-    model, input = case(model_class, SIZES[0], triton_device, 6, slots=1000)
+    model, input = case(model_class, SIZES[0], triton_device, 5, slots=1000)
     with torch.no_grad():
         input[1] = 0
     if triton_device.type == "cpu":
@@ -197,6 +197,7 @@ def test_a_search_in_parts_finds_the_same(triton_device, switch, monkeypatch):
         assert torch.equal(2**31 - 1 - best % 2**31, expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("where", ["input", "weight"])
 @pytest.mark.parametrize("model_class", MODELS)
 def test_not_a_number_surfaces_and_ids_stay_in_range(

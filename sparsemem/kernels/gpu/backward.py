@@ -2,7 +2,7 @@
 out of it. The equations are those of ../gradients.py.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl

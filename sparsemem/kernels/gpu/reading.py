@@ -3,7 +3,7 @@
 A program has one head of one element of the batch; of a long search, a part of the rows.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl

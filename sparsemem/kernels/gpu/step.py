@@ -96,7 +96,7 @@ def device_step(
     sizes = Sizes(values.dtype, heads, inputs, width, top_k, links is not None)
     last = Entries(last.ids.contiguous(), last.weights.detach().contiguous())
     store.visible(heads + top_k)  # makes room
-    with torch.no_grad(), torch.cuda.device_of(values):
+    with torch.no_grad(), torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         written, write = write_step(sizes, store, values, last)
         keys = search_step(sizes, store, values, written)
         linked, weights_of = values.new_empty(0, dtype=torch.int64), values.new_empty(0)
@@ -219,7 +219,7 @@ def device_backward(
     to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
     to_rows = torch.empty_like(rows)
     given = (values, last_weights, links, rows, weights, to_reads, to_weights)
-    with torch.cuda.device_of(values):
+    with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         read_backward_kernel[(batch * heads,)](
             *given, to_rows, to_values, to_last, support,
             **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,

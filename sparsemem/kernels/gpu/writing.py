@@ -4,7 +4,7 @@ A program has one element of the batch. Entries written to the same row are adde
 of them, the only one that reads and stores the row: so there is no order to depend on.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl
