@@ -23,7 +23,7 @@ WRONG = [
         1,
         Metric.ip,
         ValueError,
-        "strides (1, 5), expected [N, W], contiguous",
+        "strides (1, 5), expected [N, W]",
     ),
     (ROWS, QUERIES, 1, Metric.cosine, ValueError, "metric is 'cosine', expected 'ip' or 'l2'"),
     (ROWS, torch.ones(2, 3), 1, Metric.ip, ValueError, "queries has shape (2, 3), expected [Q, 4]"),
