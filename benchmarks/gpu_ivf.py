@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
-from gpu_common import Figures, Options, Results, measure, options
+from gpu_common import Figures, Options, Results, measure, options, wait
 from torch import Tensor
 
 from sparsemem import MemoryBank
@@ -134,8 +134,10 @@ class Watched:
         count = self.sizes.rows // 100
         ids = torch.randperm(self.sizes.rows, device=self.device)[:count]
         before, after = self.bank.keys.data[ids].clone(), self.clustered(count)
+        wait(self.device)
         start = time.perf_counter()
         self.bank.write(ids, after)
+        wait(self.device)
         found = {"write_ms": 1e3 * (time.perf_counter() - start), "rows": count}
         some = torch.arange(0, count, max(1, count // QUERIES), device=self.device)[:QUERIES]
         with torch.no_grad():
