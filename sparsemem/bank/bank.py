@@ -23,6 +23,7 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
+from sparsemem.bank.gradients import drop_blanks
 from sparsemem.bank.reading import Hit, check_read, find
 from sparsemem.bank.rows import gather, gather_pairs, new_storage
 from sparsemem.bank.store import RAM, RowStore
@@ -58,7 +59,10 @@ class MemoryBank(RowStore):
             are exact.
         dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
             gradients are computed in float32 (float64 for float64).
-        device: where all of it is.
+        device: where all of it is, but for the usage clock. On a GPU the host waits once a read
+            (queries are finite), and in the backward pass only where rows that were read went,
+            or were written, since; where fewer than `top_k` rows are live; or for FAISS. Threads
+            are to use it on one stream, as they do unless they choose another.
         path: a new folder in which the bank is durable: a write that has returned is there after
             the process is killed. See `save` and `load`.
         sync: wait at each write until it is on the disk: it survives the machine, too.
@@ -307,7 +311,7 @@ class MemoryBank(RowStore):
                 raise ValueError("top is None, expected the number of rows to select")
             check_size("top", top)
         with torch.no_grad(), self.table.lock.write():
-            self._drop_blanks()
+            drop_blanks(self)
             if policy is None or top is None:
                 self._selection.lift()
                 return None

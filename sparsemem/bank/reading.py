@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsemem.bank.arguments import check_bank_queries
+from sparsemem.bank.gradients import remember, sparse_gradient
 from sparsemem.bank.rows import (
     gather_pairs,
     gather_scored,
-    remember,
-    sparse_gradient,
 )
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.base import Found

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.devices import on_device
 from sparsemem.bank.reading import Hit, read_sum
-from sparsemem.bank.rows import on_device
 from sparsemem.checks import (
     check_at_most,
     check_finite,
@@ -118,7 +118,10 @@ class MemoryLayer(nn.Module):
         return normed.view(shape)
 
     def weights(self, hit: Hit) -> Float[Tensor, "B T H K"]:
-        """s: how much each row that a head found counts; the rows that are missing, nothing."""
+        """s: how much each row that a head found counts; the rows that are missing, nothing.
+
+        `hit.values` may be empty: on a GPU they are summed where they lie.
+        """
         missing = hit.ids < 0
         # Infinite scores must not meet the temperature: its gradient would be 0 * inf.
         scores = hit.scores.masked_fill(missing, 0) * self.bank.metric.sign

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsemem import MemoryBank
 from sparsemem.bank.book import COLUMNS
-from sparsemem.bank.rows import on_device
+from sparsemem.bank.devices import on_device
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.layers import MemoryLayer
 from sparsemem.optim import RowAdam, clip_grad_norm
