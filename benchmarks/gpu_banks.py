@@ -16,6 +16,8 @@ from gpu_common import Figures, Options, Results, copy_bandwidth, measure, optio
 from torch import Tensor
 
 from sparsemem import MemoryBank, RowAdam, RowSGD
+from sparsemem.indexes.knn_gpu import knn_gpu
+from sparsemem.indexes.metrics import Metric
 
 WIDTH, TOP_K = 64, 8
 AT_ONCE = 2**20  # rows that are made, or multiplied, at a time
@@ -165,36 +167,13 @@ def by_torch(rows: Tensor, queries: Tensor, exactly: bool) -> Tensor:
 
 def brute_force(device: torch.device) -> Callable[[Tensor, Tensor], object]:
     """FAISS's exact search of a tensor where it is; it makes tables [Q, part of N] on its way."""
+    if device.type == "cuda":
+        return lambda rows, queries: knn_gpu(rows, queries, TOP_K, Metric.ip)
     import faiss
 
-    if device.type != "cuda":
-        return lambda rows, queries: faiss.knn(
-            queries.float().numpy(), rows.float().numpy(), TOP_K, faiss.METRIC_INNER_PRODUCT
-        )
-    resources = faiss.StandardGpuResources()
-    kinds = {torch.float32: faiss.DistanceDataType_F32, torch.bfloat16: faiss.DistanceDataType_BF16}
-
-    def search(rows: Tensor, queries: Tensor) -> object:
-        queries = queries.to(rows.dtype)
-        scores = torch.empty(len(queries), TOP_K, device=rows.device)
-        ids = torch.empty(len(queries), TOP_K, device=rows.device, dtype=torch.int64)
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
-        number = rows.device.index or 0
-        resources.setDefaultStream(number, faiss.cast_integer_to_cudastream_t(stream))
-        wanted = faiss.GpuDistanceParams()
-        wanted.metric, wanted.k, wanted.dims = faiss.METRIC_INNER_PRODUCT, TOP_K, rows.shape[1]
-        wanted.vectors = faiss.cast_integer_to_void_ptr(rows.data_ptr())
-        wanted.queries = faiss.cast_integer_to_void_ptr(queries.data_ptr())
-        wanted.vectorType = wanted.queryType = kinds[rows.dtype]
-        wanted.numVectors, wanted.numQueries = len(rows), len(queries)
-        wanted.vectorsRowMajor = wanted.queriesRowMajor = True
-        wanted.outDistances = faiss.cast_integer_to_float_ptr(scores.data_ptr())
-        wanted.outIndices = faiss.cast_integer_to_void_ptr(ids.data_ptr())
-        wanted.outIndicesType, wanted.device = faiss.IndicesDataType_I64, number
-        faiss.bfKnn(resources, wanted)
-        return ids
-
-    return search
+    return lambda rows, queries: faiss.knn(
+        queries.float().numpy(), rows.float().numpy(), TOP_K, faiss.METRIC_INNER_PRODUCT
+    )
 
 
 if __name__ == "__main__":
