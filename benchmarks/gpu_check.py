@@ -40,8 +40,8 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("environment", "gpu_environment.py", "device, versions, bandwidth, launches", 0.1, True),
-    Part("tests", "gpu_tests.py", "pytest -m gpu", 0.55, True),
+    Part("environment", "gpu_environment.py", "device, versions, bandwidth, launches", 0.25, True),
+    Part("tests", "gpu_tests.py", "pytest -m gpu", 0.6, True),
     Part("models", "gpu_models.py", "SAM and SDNC at 2^20 slots, LSTMs, a dense NTM", 0.45, True),
     Part("banks", "gpu_banks.py", "exact reads and training steps of banks", 0.5),
     Part("ivf", "gpu_ivf.py", "IVF on the GPU: build, read, recall, freshness", 0.7),

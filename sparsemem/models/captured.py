@@ -229,11 +229,13 @@ class Graphs:
 
     def _capture(self, pool: Any) -> None:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool):
+        # What other threads do meanwhile, a bank's upkeep perhaps, is theirs.
+        mode = {"pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._forward, **mode):
             output, self._touched = self._run()
         self._gradients: tuple[Tensor | None, ...] = ()
         if output.requires_grad:
-            with torch.cuda.graph(self._backward, pool=pool):
+            with torch.cuda.graph(self._backward, **mode):
                 self._gradients = self._gradients_of(output)
         self._output = output.detach()
 
