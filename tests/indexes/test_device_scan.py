@@ -1,5 +1,9 @@
 """The exact search of a GPU against a plain sort of the rows' own scores in float64."""
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -38,10 +42,13 @@ class WideWork(Work):
 @contextmanager
 def waiting_refused(device: torch.device):
     """By torch itself, which knows on a GPU only."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    if device.type == "cuda":
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -257,6 +264,23 @@ def test_large_tables(count, dtype, monkeypatch):
     copies = torch.arange(0, count, count // 100)
     expected = sorted({7, *copies.tolist()} & set(live.nonzero().flatten().tolist()))
     assert ids.tolist() == [expected[:9]]
+
+
+def test_the_kernels_compile_for_an_h100(repository):
+    # In a process where Triton is no interpreter, which lets pass what the compiler does not.
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.oracles.compile_scan"],
+        cwd=repository,
+        env=variables | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shared = [int(size) for size in re.findall(r"(\d+) shared", done.stdout)]
+    assert len(shared) == 20
+    assert max(shared) < 227 * 1024 / 2  # two programs at least share a multiprocessor
 
 
 def test_what_the_kernels_can_search():
