@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TILE = 4096  # numbers that a program works on at once
 SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
-PART_ROWS = 512  # that a program searches, at least, if a search is divided
+PART_ROWS = 256  # that a program searches, at least, if a search is divided
 PROGRAMS = 1024  # that fill a device
 ROUNDING = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
 
