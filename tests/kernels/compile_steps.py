@@ -6,15 +6,7 @@ from sparsemem.kernels.gpu import step
 from sparsemem.memory import devices
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
-from tests.kernels.compiling import replaced
-
-NAMES = (
-    "write_kernel",
-    "search_kernel",
-    "read_kernel",
-    "read_backward_kernel",
-    "write_backward_kernel",
-)
+from tests.oracles.hopper import compiled_for_hopper
 
 
 def compile_step(dtype, heads, top_k, width, linked):
@@ -35,8 +27,8 @@ def compile_step(dtype, heads, top_k, width, linked):
 
 if __name__ == "__main__":
     devices.is_device = lambda tensor: True
-    kernels = replaced(step, *NAMES)
-    compile_step(torch.float32, 4, 4, 32, False)
-    compile_step(torch.float64, 2, 3, 5, True)
-    for name, kernel in zip(NAMES, kernels, strict=True):
-        print(name, *("cubin" in compiled.asm for compiled in kernel.compiled))
+    with compiled_for_hopper() as made:
+        compile_step(torch.float32, 4, 4, 32, False)
+        compile_step(torch.float64, 2, 3, 5, True)
+    for compiled in made:
+        print(compiled.name, "cubin" in compiled.asm)
