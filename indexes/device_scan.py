@@ -44,6 +44,7 @@ MOST_QUERIES = 128  # that one pass over the rows serves
 MOST_K = 128
 MOST_WIDTH = 512
 MOST_ROWS = 2**31 - 2**20  # row numbers, and those a program looks ahead to, are 32 bits wide
+MOST_MEMBERS = 1024  # of a list that are looked through at once
 AHEAD = 32  # tiles whose best are looked through at once
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -99,11 +100,13 @@ def device_scan(
     shape: Shape | None = None,
 ) -> Found:
     """The k best of all live rows: by score, then id. Queries are float32; `fits(table, k)`."""
-    scores = queries.new_full((len(queries), k), metric.missing)
-    ids = torch.full(scores.shape, -1, dtype=torch.int64, device=queries.device)
+    scores = queries.new_empty(len(queries), k)
+    ids = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
     found = Found(scores, ids)
+    if not table.extent:
+        return Found(scores.fill_(metric.missing), ids.fill_(-1))
     with torch.cuda.device_of(table.rows):  # type: ignore[no-untyped-call]
-        for start in range(0, len(queries) if table.extent else 0, MOST_QUERIES):
+        for start in range(0, len(queries), MOST_QUERIES):
             stop = start + MOST_QUERIES
             part = Found(scores[start:stop], ids[start:stop])
             fill(part, table, metric, queries[start:stop].contiguous(), shape)
@@ -153,17 +156,10 @@ def scan_tiles(
 
 def merge_tiles(best: Tensor, heads: Tensor, count: int, wanted: int) -> Tensor:
     """Step 2: the numbers of the `wanted` best tiles of each query [Q, C], -1 for none."""
-    from sparsemem.indexes.scan_kernels import merge
-
     (tiles, padded), programs = best.shape, heads.shape[1]
     chosen = heads.new_empty(count, wanted)
-    members = -(-tiles // programs)
-    merge[(count,)](
-        best, heads, chosen, best, programs, tiles, members, wanted,
-        1, padded, programs * padded,
-        LISTS=power_of_two(programs), MEMBERS=64 if members <= 64 else 1024, KEYED=False, SIGN=1,
-        num_warps=1 if members <= 64 else 4,
-    )  # fmt: skip
+    strides = 1, padded, programs * padded
+    merge(best, heads[:count], chosen, best, tiles, -(-tiles // programs), strides, False, 1)
     return chosen
 
 
@@ -185,14 +181,31 @@ def score_tiles(
 
 def merge_rows(keys: Tensor, greatest: Tensor, found: Found, metric: Metric) -> None:
     """Step 4: the best of the rows scored in step 3."""
-    from sparsemem.indexes.scan_kernels import merge
+    _, tiles, rows = keys.shape
+    strides = tiles * rows, rows, 1
+    merge(keys, greatest, found.ids, found.scores, rows, rows, strides, True, metric.sign)
 
-    count, tiles, rows = keys.shape
-    merge[(count,)](
-        keys, greatest, found.ids, found.scores, tiles, rows, rows, found.ids.shape[1],
-        tiles * rows, rows, 1,
-        LISTS=power_of_two(tiles), MEMBERS=rows, KEYED=True, SIGN=metric.sign,
-        num_warps=1,
+
+def merge(
+    lists: Tensor,
+    heads: Tensor,
+    numbers: Tensor,
+    scores: Tensor,
+    length: int,
+    members: int,
+    strides: tuple[int, int, int],
+    keyed: bool,
+    sign: int,
+) -> None:
+    """The best of lists of `members` each, given the heads [Q, L] of the lists: see the kernels."""
+    from sparsemem.indexes import scan_kernels
+
+    (queries, count), wanted = heads.shape, numbers.shape[1]
+    given = lists, heads, numbers, scores, count, length, members, wanted, *strides
+    places = min(max(64, power_of_two(members)), MOST_MEMBERS)
+    scan_kernels.merge[(queries,)](
+        *given, LISTS=power_of_two(count), MEMBERS=places, KEYED=keyed, SIGN=sign,
+        num_warps=1 if places <= 128 else 4,
     )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def merge(
         key = tl.max(front, 0)
         tl.store(numbers + query * wanted + place, numbers_of(key))
         if KEYED:
-            tl.store(scores + query * wanted + place, SIGN * worth_of(key))
+            tl.store(scores + query * wanted + place, worth_of(key) * SIGN)
         source = tl.max(tl.where((front == key) & (g < count), g, 0), 0)
         base = lists + query.to(tl.int64) * query_stride + source.to(tl.int64) * list_stride
         following = tl.max(tl.full([MEMBERS], NOTHING, tl.int64), 0)

@@ -114,6 +114,17 @@ def test_many_queries_in_several_passes(dtype, triton_device, monkeypatch):
     agrees(table, Metric.cosine, torch.randn(70, 64), 1)
 
 
+def test_lists_that_are_looked_through_in_pieces(triton_device, monkeypatch):
+    monkeypatch.setattr(device_scan, "MOST_MEMBERS", 64)
+    monkeypatch.setattr(device_scan, "AHEAD", 16)
+    monkeypatch.setattr(device_scan, "multiprocessors", lambda device: 1)
+    shape = shape_of(WIDTH, torch.float32, 16)._replace(programs=1)
+    monkeypatch.setattr(device_scan, "shape_of", lambda *sizes: shape)
+    live = torch.rand(4500) < 0.02
+    table = table_of(torch.randn(4500, WIDTH), triton_device, live)
+    agrees(table, Metric.ip, torch.randn(2, WIDTH), 5)
+
+
 @metrics
 def test_equal_rows_are_found_in_the_order_of_their_ids(metric, triton_device):
     rows = torch.randn(1500, WIDTH).mul(2).round()  # sums are exact in the interpreter, too
@@ -248,6 +259,14 @@ def test_small_tables_of_few_values(triton_device, count, k, metric, seed):
         torch.testing.assert_close(seen, own.gather(1, order)[expected[:, : ids.shape[1]] >= 0])
     else:
         assert ids[:, : order.shape[1]].tolist() == expected.tolist()
+
+
+@metrics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_scan_without_kernels_on_any_device(metric, dtype, device, monkeypatch):
+    monkeypatch.setenv("SPARSEMEM_KERNELS", "reference")
+    table = table_of(torch.randn(300, 8, dtype=dtype), device, torch.rand(300) < 0.8)
+    agrees(table, metric, torch.randn(3, 8, dtype=dtype), 8)
 
 
 @pytest.mark.gpu
