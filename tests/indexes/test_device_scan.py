@@ -276,7 +276,7 @@ def test_large_tables(count, dtype, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     live = torch.rand(count) < 0.9
-    table = table_of(torch.randn(count, 64).to(dtype), "cuda", live)
+    table = table_of(torch.randn(count, 64, device="cuda").to(dtype), "cuda", live)
     agrees(table, Metric.cosine, torch.randn(40, 64), 8)
     table.rows[:: count // 100] = table.rows[7]  # about 100 equal ones
     _, ids = search(table, Metric.cosine, table.rows[7:8].float(), 9)
