@@ -169,6 +169,18 @@ def test_many_rows_are_gone_through_piece_by_piece(
     assert_equal_runs(model, input, run, model(input), F64)
 
 
+def test_parts_may_hold_fewer_rows_than_are_read(triton_device, switch, taken, monkeypatch):
+    """33 rows in 40 parts, whose keys are gone through 16 parts at once."""
+    from sparsemem.kernels.gpu import step
+
+    model, input = case(SAM, (1, 32, 5, 50, F64), triton_device, 2)
+    monkeypatch.setattr(step, "parts_of", lambda rows, searches: 40)
+    run = model(input)
+    assert all(taken)
+    switch(False)
+    assert_equal_runs(model, input, run, model(input), F64)
+
+
 def test_long_searches_are_divided():
     pytest.importorskip("triton")
     from sparsemem.kernels.gpu.step import parts_of
