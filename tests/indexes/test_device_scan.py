@@ -272,7 +272,7 @@ def test_the_scan_without_kernels_on_any_device(metric, dtype, device, monkeypat
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [300_001, 3_500_000])
-def test_large_tables(count, dtype, monkeypatch):
+def test_large_tables(count, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     live = torch.rand(count) < 0.9
