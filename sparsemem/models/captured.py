@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.checks import check_size
@@ -177,13 +178,20 @@ class Graphs:
     """
 
     def __init__(self, model: MemoryModel, input: Tensor, pool: Any) -> None:
-        self._model = model
-        self._input = input.detach().clone().requires_grad_(input.requires_grad)
-        inputs = (self._input, *model.parameters())
-        self._trained = [tensor for tensor in inputs if tensor.requires_grad]
+        self._take(model, input)
         with torch.cuda.device(input.device), uncached_autocast(), same_stream():
             self._rehearse()
             self._capture(pool)
+
+    def _take(self, model: MemoryModel, input: Tensor) -> None:
+        """The model, and what it is to be run on."""
+        self._model = model
+        self._input = leaf_like(input.clone(), input)
+        # Leaves of its own, of the same memory: autograd remembers the stream in which it first
+        # saw a leaf, and has a capture wait for it, which is refused.
+        self._leaves = {name: leaf_like(own, own) for name, own in model.named_parameters()}
+        inputs = (self._input, *self._leaves.values())
+        self._trained = [tensor for tensor in inputs if tensor.requires_grad]
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Output, and slots touched."""
@@ -202,7 +210,7 @@ class Graphs:
         return self._gradients
 
     def _run(self) -> tuple[Tensor, Tensor]:
-        output, state = self._model(self._input)
+        output, state = functional_call(self._model, self._leaves, (self._input,))
         return output, state.touched
 
     def _gradients_of(self, output: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,6 +309,11 @@ def first_of(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
+
+
+def leaf_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A leaf of autograd's graphs of the same memory, that requires a gradient as `like` does."""
+    return tensor.detach().requires_grad_(like.requires_grad)
 
 
 def graph_pool() -> Any:

@@ -29,10 +29,7 @@ class FakeGraphs(captured.Graphs):
         if FakeGraphs.error is not None:
             raise FakeGraphs.error
         self.captured.append(tuple(input.shape))
-        self._model = model
-        self._input = input.detach().clone().requires_grad_(input.requires_grad)
-        tensors = (self._input, *model.parameters())
-        self._trained = [tensor for tensor in tensors if tensor.requires_grad]
+        self._take(model, input)
         live, self._touched = self._run()
         self._output, self._gradient = live.detach().clone(), torch.zeros_like(live)
         self._gradients = tuple(torch.zeros_like(tensor) for tensor in self._trained)
