@@ -99,7 +99,7 @@ def best_of(scores: Tensor, ids: Tensor, k: int, metric: Metric) -> Found:
         scores = torch.nn.functional.pad(scores, (0, k - ids.shape[1]), value=metric.missing)
         ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=MISSING)
     # Two stable sorts: by id, then by score.
-    by_id = torch.where(ids < 0, torch.iinfo(ids.dtype).max, ids).argsort(1)
+    by_id = ids.masked_fill(ids < 0, torch.iinfo(ids.dtype).max).argsort(1)
     scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
     order = scores.argsort(dim=1, descending=metric.sign > 0, stable=True)[:, :k]
     return Found(scores.gather(1, order), ids.gather(1, order))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from sparsemem.indexes.buffer import Buffer
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
+    Knob,
     enter_in_place,
     faiss_module,
     from_numpy,
@@ -66,7 +68,77 @@ class Abandoned(Exception):
     """The work was given up because everything is to stop."""
 
 
-class Derived:
+class Derivation(ABC):
+    """One index derived from a table, and a buffer of what it does not know: see `Derived`."""
+
+    stride: ClassVar[int] = 1  # how many times more rows or queries it takes at once than `Derived`
+    start: Setting  # before tuning
+    setting: Setting
+    knob: Knob
+    holds: bool  # the floor of the recall, at that setting
+    absorbed: int  # rows changed since it was built
+    buffer: Any  # a Buffer or a DeviceBuffer
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Entries, valid or not."""
+
+    @abstractmethod
+    def build(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Train on a sample of the live rows, and add them all; Abandoned once `stopped()`."""
+
+    @abstractmethod
+    def mark(self, ids: Any) -> None:
+        """Rows [n] have changed: they are searched exactly until absorbed."""
+
+    @abstractmethod
+    def forget(self, ids: Any) -> None:
+        """Rows [n] are no longer live."""
+
+    def tidy(self) -> None:  # noqa: B027 (`Derived` knows all the time)
+        """Count exactly what waits in the buffer: under the table's write lock."""
+
+    def buffered(self) -> tuple[int, int]:
+        """Rows in the buffer, exactly, and how many of them are strays."""
+        return int(self.buffer.count), int(self.buffer.strays)
+
+    def absorb(self, count: int) -> None:
+        """Take the `count` rows that were changed longest ago into the index, but for strays."""
+        self.finish(self.prepare(self.begin(count)))
+
+    @abstractmethod
+    def begin(self, count: int) -> Any:
+        """Rows to absorb: under the table's write lock."""
+
+    @abstractmethod
+    def prepare(self, batch: Any) -> Any:
+        """Read the rows and find where they belong: needs no lock."""
+
+    @abstractmethod
+    def finish(self, prepared: Any) -> None:
+        """Enter what was not changed meanwhile and does not stray: under the write lock."""
+
+    @abstractmethod
+    def candidates(
+        self, queries: Tensor, k: int, setting: Setting | None = None
+    ) -> tuple[Tensor, Any]:
+        """Ids [Q, C] of valid entries, else -1; and what that says of others."""
+
+    @abstractmethod
+    def imbalance(self) -> float:
+        """How uneven the lists are: 1 is even; n: a search takes about n times as long."""
+
+    @abstractmethod
+    def stale(self) -> int:
+        """Entries that are not valid, at least."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory of the entries and of what is known of them, about."""
+
+
+class Derived(Derivation):
     """A FAISS index whose entries are proposals of rows.
 
     FAISS counts what is added to it: the count at that time is the entry's *label*. `row_of`
@@ -80,6 +152,8 @@ class Derived:
     meanwhile. A *stray* is a row so far from every list's centroid that no
     search would find it without looking through many lists: it stays in the buffer.
     """
+
+    buffer: Buffer
 
     def __init__(self, table: RowTable, metric: Metric, name: str) -> None:
         self.table, self.metric = table, metric
@@ -135,10 +209,6 @@ class Derived:
     def forget(self, ids: Any) -> None:
         """Rows [n] (numpy, distinct) are no longer live."""
         self.buffer.drop(ids[self.buffer.holds(ids)])
-
-    def absorb(self, count: int) -> None:
-        """Take the `count` rows that were changed longest ago into the index, but for strays."""
-        self.finish(self.prepare(self.begin(count)))
 
     def begin(self, count: int) -> Batch:
         """Rows to absorb: under the table's write lock."""

@@ -1,4 +1,4 @@
-"""Exact search: a scan of all live rows, in blocks, on any device.
+"""Exact search: a scan of all live rows, in blocks, on any device. `device_scan` is a GPU's own.
 
 A matrix product scores rows fast, but its sums differ from the rows' own scores
 (`Metric.scores`) by rounding, and so does its order. Therefore it only sorts out: it gives each
@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import Found, Index, best_of
+from sparsemem.indexes.device_scan import device_scan, fits
 from sparsemem.indexes.metrics import COSINE_EPSILON, Metric, inverse_norm
 from sparsemem.indexes.table import RowTable
+from sparsemem.indexes.triton_switch import use_triton
 
 BLOCK_ROWS = 16_384  # rows scanned at once
 BATCH_QUERIES = 256  # queries scanned at once: the bounds of a block take 16 MiB
@@ -53,7 +55,12 @@ class ExactIndex(Index):
 
 
 def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
-    """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`."""
+    """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`.
+
+    On a GPU by `device_scan`, where that fits.
+    """
+    if use_triton(queries) and fits(table, k):
+        return device_scan(table, metric, queries, k)
 
     def blocks() -> Iterable[tuple[Tensor, Tensor]]:
         for start in range(0, table.extent, BLOCK_ROWS):
@@ -204,6 +211,14 @@ def upper_bounds(
 
     Q, C >= 1. Infinite for all where a product might overflow or is not a number.
     """
+    bounds, certain = likely_bounds(metric, queries, rows)
+    return bounds if certain else torch.full_like(bounds, torch.inf)
+
+
+def likely_bounds(
+    metric: Metric, queries: Float[Tensor, "Q W"], rows: Float[Tensor, "C W"]
+) -> tuple[Float[Tensor, "Q C"], Bool[Tensor, ""]]:
+    """`upper_bounds`, and whether no product can have overflowed: else they mean nothing."""
     slack = rounding(rows.shape[1], rows.dtype) + product_rounding(rows.dtype)
     if metric is Metric.l2:  # distances are the same from anywhere, but squares far away cancel
         center = rows.mean(0)
@@ -211,16 +226,17 @@ def upper_bounds(
     if metric is Metric.cosine:
         queries = queries * inverse_norm(queries).unsqueeze(1)
     query_squares, squares = square_norms(queries), square_norms(rows)
-    if not query_squares.max() + squares.max() < torch.finfo(rows.dtype).max / 4:
-        return rows.new_full((len(queries), len(rows)), torch.inf)
+    certain = query_squares.max() + squares.max() < torch.finfo(rows.dtype).max / 4
     if metric is Metric.l2:
         # Less the floors of `square_norms` and as much again: these bounds must not sink by them.
         query_squares = query_squares - 4 * underflow(rows)
         least = torch.add(query_squares.unsqueeze(1), squares).mul_(slack - 1)
-        return least.addmm_(queries, rows.mT, alpha=2)
+        return least.addmm_(queries, rows.mT, alpha=2), certain
     bounds = torch.outer(slack * query_squares.sqrt(), squares.sqrt())
     bounds.addmm_(queries, rows.mT)
-    return bounds if metric is Metric.ip else bounds.mul_((squares + COSINE_EPSILON).rsqrt())
+    if metric is Metric.cosine:
+        bounds.mul_((squares + COSINE_EPSILON).rsqrt())
+    return bounds, certain
 
 
 def square_norms(rows: Float[Tensor, "n W"]) -> Float[Tensor, " n"]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sparsemem.checks import check_fraction, check_size
 from sparsemem.indexes.base import MISSING, Found, Index, best_of
-from sparsemem.indexes.derived import Derived, Setting
+from sparsemem.indexes.derived import Derivation, Derived, Setting
+from sparsemem.indexes.device_derived import DeviceDerived
+from sparsemem.indexes.device_faiss import engine_for
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.kinds import from_numpy, new_faiss_index, num_lists
 from sparsemem.indexes.metrics import Metric
@@ -19,13 +21,18 @@ from sparsemem.indexes.recall import QuerySample
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.upkeep import Upkeep
 
-BUFFER_ROWS = 512
+# Changed rows that are scanned, by one product, and live rows below which a scan is as fast: on
+# the host and on a GPU.
+BUFFER_ROWS, DEVICE_BUFFER_ROWS = 512, 16_384
+EXACT_BELOW, DEVICE_EXACT_BELOW = 16_384, 131_072
 FEW = 4_096  # rows of the buffer of which it pays to look at those alone that are good enough
-EXACT_BELOW = 16_384  # live rows; below, a scan is as fast
 
 
 class FreshIndex(Index):
     """A FAISS index named by its factory string, over a table that keeps changing.
+
+    Where the rows are on a GPU and FAISS has the index there (`device_faiss`), all of it stays
+    there; else FAISS works on the host.
 
     Changed rows are found exactly from the moment of the change, and what was there before
     never is. Upkeep goes on beside the searches, in a background thread: the buffer of changed
@@ -41,8 +48,9 @@ class FreshIndex(Index):
             Between a drift and the tuning or training that answers it recall can be lower.
         background: False: upkeep runs within the calls that make it due, which is
             deterministic.
-        buffer_rows: changed rows beyond which they are absorbed.
-        exact_below: live rows below which every search is a scan. Default: 16,384, or 4 a list.
+        buffer_rows: changed rows beyond which they are absorbed. Default: 512; on a GPU 16,384.
+        exact_below: live rows below which every search is a scan. Default: 16,384, on a GPU
+            131,072, or 4 a list.
     """
 
     def __init__(
@@ -53,19 +61,23 @@ class FreshIndex(Index):
         *,
         min_recall: float | None = 0.95,
         background: bool = True,
-        buffer_rows: int = BUFFER_ROWS,
+        buffer_rows: int | None = None,
         exact_below: int | None = None,
     ) -> None:
         super().__init__(table, metric)
         lists = num_lists(new_faiss_index(name, table.width, metric))  # refuses a wrong name now
         self.name = name
         self.min_recall = None if min_recall is None else check_fraction("min_recall", min_recall)
+        self.engine = engine_for(name, table.rows.device)  # None: on the host
+        if buffer_rows is None:
+            buffer_rows = BUFFER_ROWS if self.engine is None else DEVICE_BUFFER_ROWS
         self.buffer_rows = check_size("buffer_rows", buffer_rows)
         if exact_below is None:
-            exact_below = max(EXACT_BELOW, 4 * lists)
+            few = EXACT_BELOW if self.engine is None else DEVICE_EXACT_BELOW
+            exact_below = max(few, 4 * lists)
         self.exact_below = check_size("exact_below", exact_below)
-        self.current: Derived | None = None  # what is searched; None: still a scan
-        self.next: Derived | None = None  # while it is being built
+        self.current: Derivation | None = None  # what is searched; None: still a scan
+        self.next: Derivation | None = None  # while it is being built
         self.exact = ExactIndex(table, metric)
         self.sample = QuerySample(table.rows, table.width, table.dtype)
         self.scans = 0
@@ -75,7 +87,8 @@ class FreshIndex(Index):
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Search these rows exactly from now on, and absorb them some time."""
-        rows = np.unique(ids.cpu().numpy())
+        on_device = self.engine is not None
+        rows = ids.to(self.table.rows.device) if on_device else np.unique(ids.cpu().numpy())
         for derived in (self.current, self.next):
             if derived is not None:
                 derived.mark(rows)
@@ -83,11 +96,18 @@ class FreshIndex(Index):
 
     def removed(self, ids: Int[Tensor, " n"]) -> None:
         """Search these rows no more. (Their entries count only while they are live.)"""
-        rows = ids.cpu().numpy()
+        on_device = self.engine is not None
+        rows = ids.to(self.table.rows.device) if on_device else ids.cpu().numpy()
         for derived in (self.current, self.next):
             if derived is not None:
                 derived.forget(rows)
         self.upkeep.changed(len(rows))
+
+    def derive(self) -> Derivation:
+        """A new index of this name, empty."""
+        if self.engine is None:
+            return Derived(self.table, self.metric, self.name)
+        return DeviceDerived(self.table, self.metric, self.name, self.engine)
 
     def rebuild(self) -> None:
         """Train anew on all live rows and swap the result in, before returning."""
@@ -109,11 +129,12 @@ class FreshIndex(Index):
         """
         with self.table.lock.read():
             current = self.current
+            buffered, strays = (0, 0) if current is None else current.buffered()
             return {
                 "index": self.name,
                 "imbalance": 1.0 if current is None else current.imbalance(),
-                "buffered": 0 if current is None else current.buffer.count,
-                "strays": 0 if current is None else current.buffer.strays,
+                "buffered": buffered,
+                "strays": strays,
                 "bytes": 0 if current is None else current.num_bytes(),
                 "effort": None if current is None else current.setting.effort,
                 "oversample": None if current is None else current.setting.oversample,
@@ -122,9 +143,23 @@ class FreshIndex(Index):
             }
 
     def found(
-        self, derived: Derived, queries: Tensor, k: int, setting: Setting | None = None
+        self, derived: Derivation, queries: Tensor, k: int, setting: Setting | None = None
     ) -> Found:
         """The best of what an index proposes and of its buffer, scored from the rows."""
+        if isinstance(derived, DeviceDerived):
+            found, unsure = derived.found(queries, k, setting)
+        else:
+            assert isinstance(derived, Derived)
+            found, unsure = self._found(derived, queries, k, setting)
+        if unsure.any():  # on a device, where a search waits for it
+            self.scans += 1
+            found.scores[unsure], found.ids[unsure] = self.exact._search(queries[unsure], k)
+        return found
+
+    def _found(
+        self, derived: Derived, queries: Tensor, k: int, setting: Setting | None
+    ) -> tuple[Found, Tensor]:
+        """On the host; and which queries' results may lack something better."""
         ids, unsure = derived.candidates(queries, k, setting)
         scores = self._scores(queries, ids)
         if derived.buffer.count:
@@ -133,11 +168,7 @@ class FreshIndex(Index):
         found = best_of(scores, ids, k, self.metric)
         # Lists that were not probed may hold what is still missing.
         short = (found.ids[:, : min(k, self.table.num_live)] < 0).any(1)
-        short |= from_numpy(unsure, queries)
-        if short.any():
-            self.scans += 1
-            found.scores[short], found.ids[short] = self.exact._search(queries[short], k)
-        return found
+        return found, short | from_numpy(unsure, queries)
 
     def _beside(
         self, derived: Derived, queries: Tensor, ids: Tensor, scores: Tensor, k: int
@@ -153,7 +184,7 @@ class FreshIndex(Index):
                 return Found(self._scores(queries, better), better)
         return buffer.scan(self.metric, queries, k)
 
-    def deeper(self, derived: Derived, queries: Tensor, found: Found, setting: Setting) -> Found:
+    def deeper(self, derived: Derivation, queries: Tensor, found: Found, setting: Setting) -> Found:
         """The best of what was found and of what the index proposes at another setting."""
         k = found.ids.shape[1]
         ids = derived.candidates(queries, k, setting)[0]

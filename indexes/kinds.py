@@ -167,15 +167,20 @@ def quicken(index: Any) -> tuple[Any, ...]:
     return flat, inner, coarse
 
 
-def to_faiss(vectors: Tensor, metric: Metric) -> Any:
-    """Rows or queries as FAISS is to see them: float32 numpy [n, W], for the cosine scaled.
+def comparable(vectors: Tensor, metric: Metric) -> Tensor:
+    """Rows or queries [n, W] as FAISS is to see them: contiguous float32, for the cosine scaled.
 
     FAISS refuses NaN, and a diverged network is the training loop's to report: NaN becomes 0.
     """
+    vectors = vectors.detach()
     if metric is Metric.cosine:
         vectors = vectors * inverse_norm(vectors).unsqueeze(-1)
-    vectors = vectors.float().nan_to_num(0.0, 0.0, 0.0)
-    return np.ascontiguousarray(vectors.detach().cpu().numpy())
+    return vectors.float().nan_to_num(0.0, 0.0, 0.0).contiguous()
+
+
+def to_faiss(vectors: Tensor, metric: Metric) -> Any:
+    """The same as numpy."""
+    return comparable(vectors, metric).cpu().numpy()
 
 
 def from_numpy(values: Any, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.indexes.base import Found
-from sparsemem.indexes.derived import Abandoned, Derived, Setting
+from sparsemem.indexes.derived import Abandoned, Derivation, Setting
 from sparsemem.indexes.recall import SAMPLE, Watch, harder, recall, tune
 from sparsemem.indexes.worker import Worker, stand_back
 
@@ -87,14 +87,14 @@ class Upkeep:
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else LENIENT)
         if current is not None and current.buffer.waiting > limit:
-            self._guarded("absorb", lambda: current.absorb(max(2 * count, ABSORBED_AT_ONCE)))
+            self._guarded("absorb", lambda: self._lend_a_hand(current, count, limit))
         if self._worker is None:
             self._guarded("check", self._check_if_due)
             self._guarded("rebuild", self._rebuild_if_due)
         elif self._absorb_due() or self._check_now() or self._build_now():
             self._worker.wake()
 
-    def searched(self, derived: Derived, queries: Tensor, found: Found) -> None:
+    def searched(self, derived: Derivation, queries: Tensor, found: Found) -> None:
         """A search has ended, under the table's read lock."""
         self._watch_agreement(derived, queries, found)
         if not self._check_now():
@@ -152,28 +152,37 @@ class Upkeep:
         current = self.index.current
         return current is not None and current.buffer.waiting > self.index.buffer_rows
 
+    def _lend_a_hand(self, current: Derivation, count: int, limit: int) -> None:
+        current.tidy()
+        if current.buffer.waiting > limit:
+            current.absorb(max(2 * count, ABSORBED_AT_ONCE * current.stride))
+
     def _absorb(self) -> None:
-        if self._absorb_due() and (current := self.index.current) is not None:
+        if (current := self.index.current) is None or not self._absorb_due():
+            return
+        with self.index.table.lock.write():
+            current.tidy()
+        if self._absorb_due():
             self._shorten(current)
 
-    def _shorten(self, derived: Derived) -> None:
+    def _shorten(self, derived: Derivation) -> None:
         """Absorb as many rows as wait now; the lock is taken for moments only."""
-        lock = self.index.table.lock
-        for _ in range(0, derived.buffer.waiting, ABSORBED_AT_ONCE):
+        lock, many = self.index.table.lock, ABSORBED_AT_ONCE * derived.stride
+        for _ in range(0, derived.buffer.waiting, many):
             with lock.write():
-                batch = derived.begin(ABSORBED_AT_ONCE)
+                batch = derived.begin(many)
             prepared = derived.prepare(batch)
             with lock.write():
                 derived.finish(prepared)
 
     # Measuring and tuning
 
-    def _watch_agreement(self, derived: Derived, queries: Tensor, found: Found) -> None:
+    def _watch_agreement(self, derived: Derivation, queries: Tensor, found: Found) -> None:
         """Have the index search some queries harder now and then, more often while rows drift."""
         self._unwatched += len(queries)
         rows = max(WATCH_ROWS, int(WATCH_SHARE * self.index.table.num_live))
         drifting = derived.buffer.marked - self._watched_at >= rows
-        every = WATCH_QUERIES if drifting else WATCH_EVERY
+        every = WATCH_QUERIES * derived.stride if drifting else WATCH_EVERY
         if self.index.min_recall is None or self._unwatched < every:
             return
         self._unwatched, self._watched_at = 0, derived.buffer.marked
@@ -234,7 +243,7 @@ class Upkeep:
         return self.index.min_recall + part * (1 - self.index.min_recall)
 
     def _tuned(
-        self, derived: Derived, queries: Tensor, truth: Found, target: float
+        self, derived: Derivation, queries: Tensor, truth: Found, target: float
     ) -> tuple[Setting, float]:
         return tune(
             lambda setting: self._measured(derived, setting, queries, truth),
@@ -243,7 +252,7 @@ class Upkeep:
             self._floor(target),
         )
 
-    def _settle(self, derived: Derived, setting: Setting, reached: float) -> None:
+    def _settle(self, derived: Derivation, setting: Setting, reached: float) -> None:
         """Search so hard from now on, or exactly if that is not enough."""
         derived.setting, self.recall = setting, reached
         held = self.index.min_recall is None or reached >= self._floor(0.0)
@@ -259,10 +268,12 @@ class Upkeep:
         # one among many.
         return self.index.exact._search(queries, self.index.sample.k)
 
-    def _measured(self, derived: Derived, setting: Setting, queries: Tensor, truth: Found) -> float:
+    def _measured(
+        self, derived: Derivation, setting: Setting, queries: Tensor, truth: Found
+    ) -> float:
         parts = []
-        for start in range(0, len(queries), MEASURED_AT_ONCE):
-            some = queries[start : start + MEASURED_AT_ONCE]
+        many = MEASURED_AT_ONCE * derived.stride
+        for some in torch.split(queries, many):
             with self.index.table.lock.read():
                 parts.append(self.index.found(derived, some, self.index.sample.k, setting))
         found = Found(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -300,7 +311,7 @@ class Upkeep:
         """Build beside what is searched, then swap: readers see one or the other, whole."""
         index = self.index
         with self._building:
-            derived = Derived(index.table, index.metric, index.name)
+            derived = index.derive()
             with index.table.lock.write():
                 index.next = derived if index.table.num_live else None  # told of changes now
                 built_rows = index.table.num_live
@@ -318,7 +329,7 @@ class Upkeep:
             self._imbalance, self._built_effort = self._built_imbalance, derived.setting.effort
             self.rebuilds += 1
 
-    def _choose(self, derived: Derived) -> None:
+    def _choose(self, derived: Derivation) -> None:
         """How hard to look, found on live queries, or on rows while there are none."""
         index = self.index
         if index.min_recall is None:

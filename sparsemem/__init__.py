@@ -1,6 +1,7 @@
 """Neural networks with millions of memory rows: sparse access memory for PyTorch."""
 
-from sparsemem.bank.bank import Hit, MemoryBank
+from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.reading import Hit
 from sparsemem.layers.memory_layer import MemoryLayer
 from sparsemem.memory.episode import Episode
 from sparsemem.models.base import Access, Cell, MemoryModel

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import jaxtyping
@@ -45,16 +46,46 @@ def device(request) -> torch.device:
 
 
 def mended_interpreter() -> None:
-    """Triton 3.6 asks for arrays of one number as indices; NumPy refuses that from 2.4 on."""
+    """Triton 3.6's interpreter, working beside NumPy 2.4 and in half the time.
+
+    It asks for arrays of one number as indices, which NumPy refuses; and it prepares the whole
+    language at every call of a function by a kernel, where it has done so for the kernel.
+    """
+    import triton.language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    modules = {"tl": triton.language, "core": triton.language.core}
 
-    def patch_tensor(tensor, scope):
-        patch(tensor, scope)
+    def patch_index(tensor, scope):
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_tensor
+    def call(self, *arguments, **named):
+        return self.rewrite()(*arguments, **named)
+
+    interpreter._patch_lang = lambda _: patch(SimpleNamespace(__globals__=modules))
+    interpreter._patch_lang_tensor = patch_index
+    interpreter.InterpretedFunction.__call__ = call
+    multiply_bfloat16(interpreter)
+
+
+def multiply_bfloat16(interpreter) -> None:
+    """Its product of bfloat16 tensors is one of their bits, as whole numbers: now of the values."""
+    import triton.language
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def values(tensor):
+        if tensor.dtype.scalar != triton.language.bfloat16:
+            return tensor
+        bits = tensor.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), triton.language.float32)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, values(a), values(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @pytest.fixture(scope="session")

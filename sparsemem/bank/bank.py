@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparsemem.bank.arguments import (
     check_bank_ids,
-    check_bank_queries,
     check_index,
     check_live,
     check_table,
@@ -24,23 +23,15 @@ from sparsemem.bank.arguments import (
 )
 from sparsemem.bank.book import FOREVER, NO_TAG
 from sparsemem.bank.folder import check_new_place, create_folder, load_bank, save_bank
-from sparsemem.bank.rows import gather, gather_pairs, gather_scored, new_storage
+from sparsemem.bank.gradients import drop_blanks
+from sparsemem.bank.reading import Hit, check_read, find
+from sparsemem.bank.rows import gather, gather_pairs, new_storage
 from sparsemem.bank.store import RAM, RowStore
 from sparsemem.checks import check_at_most, check_size, nearest
-from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
 POLICIES = ("tf-idf",)
 WHOLE = "their rows are all pairs of sub-keys and cannot be written, but write(ids, values=...) can"
-
-
-class Hit(NamedTuple):
-    """What a read found, best first; where no more rows are live: id -1, zeros, worst score."""
-
-    rows: Float[Tensor, "*Q K W"]
-    values: Float[Tensor, "*Q K V"]
-    scores: Float[Tensor, "*Q K"]
-    ids: Int[Tensor, "*Q K"]
 
 
 class MemoryBank(RowStore):
@@ -68,7 +59,10 @@ class MemoryBank(RowStore):
             are exact.
         dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
             gradients are computed in float32 (float64 for float64).
-        device: where all of it is.
+        device: where all of it is, but for the usage clock. On a GPU the host waits once a read
+            (queries are finite), and in the backward pass only where rows that were read went,
+            or were written, since; where fewer than `top_k` rows are live; or for FAISS. Threads
+            are to use it on one stream, as they do unless they choose another.
         path: a new folder in which the bank is durable: a write that has returned is there after
             the process is killed. See `save` and `load`.
         sync: wait at each write until it is on the disk: it survives the machine, too.
@@ -160,23 +154,16 @@ class MemoryBank(RowStore):
         none. Computed in float32 (float64 for float64 rows), under autocast too. Counts as one
         call of the usage clock, and as an access of each row found, as often as it was found.
         """
-        check_bank_queries(queries, self.width, self.keys.device)
-        check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
+        check_read(self, queries, top_k)
         self.refresh()
-        self._expire_before(self.book.tick())
-        with torch.autocast(self.keys.device.type, enabled=False):
-            flat = queries.reshape(-1, self.width).to(self.computing_dtype)
-            with self.table.lock.read():
-                with torch.no_grad():  # as `search`, which would look at the queries again
-                    found = self.index._search(flat.detach(), top_k)
-                complete = self.scans and top_k <= self.table.num_live
-                rows, scores = self._scored(flat, found, complete)
-                values = rows
-                if self.values is not None:
-                    values = gather(self.values, found.ids, self, complete)
-                self._accessed(found.ids)
+        self.count_call()
+        with torch.autocast(self.keys.device.type, enabled=False), self.table.lock.read():
+            found = find(self, queries, top_k)
+            values = found.rows
+            if self.values is not None:
+                values = gather(self.values, found.ids, self, found.complete)
         shape = queries.shape[:-1]
-        parts = (rows, values, scores, found.ids)
+        parts = (found.rows, values, found.scores, found.ids)
         return Hit(*(part.view(*shape, *part.shape[1:]) for part in parts))
 
     forward = read
@@ -324,6 +311,7 @@ class MemoryBank(RowStore):
                 raise ValueError("top is None, expected the number of rows to select")
             check_size("top", top)
         with torch.no_grad(), self.table.lock.write():
+            drop_blanks(self)
             if policy is None or top is None:
                 self._selection.lift()
                 return None
@@ -360,14 +348,6 @@ class MemoryBank(RowStore):
             str(self.width) if self.value_width is None else f"{self.width}, {self.value_width}"
         )
         return f"{self.num_rows}, {widths}, index={self.index_name!r}, metric={str(self.metric)!r}"
-
-    def _scored(self, queries: Tensor, found: Found, complete: bool) -> tuple[Tensor, Tensor]:
-        """The rows that a search found and their scores, both differentiable."""
-        if not self.has_product_keys:
-            return gather_scored(self.keys, queries, found, self, complete)
-        rows = gather_pairs(self.keys, found.ids, self.computing_dtype)
-        scores = self.metric.scores(queries, rows)
-        return rows, scores.masked_fill(found.ids < 0, self.metric.missing)
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
         if ids is not None:

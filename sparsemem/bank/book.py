@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from sparsemem.bank.rows import on_device, zeros
+from sparsemem.bank.devices import on_device
+from sparsemem.bank.rows import zeros
 
 FOREVER = 0  # as an expiry: the row has no time to live
 NO_TAG = 0

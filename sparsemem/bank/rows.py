@@ -18,23 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparsemem.bank.devices import on_device
+from sparsemem.bank.gradients import remember, sparse_gradient
 from sparsemem.indexes.base import Found
-from sparsemem.indexes.triton_switch import use_triton
 
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 FILLED_AT_ONCE = 2**20  # random numbers drawn at once
-
-
-def on_device(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values makes the host wait, or is to be taken for that.
-
-    There, what depends on values is done by masks, and work is not left out by looking first.
-    """
-    return tensor.device.type != "cpu" or use_triton(tensor)
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
@@ -141,7 +133,7 @@ class GatherRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, ids: Tensor, bank: MemoryBank, all_found: bool) -> Tensor:
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
-        _remember(ctx, table, bank, all_found)
+        remember(ctx, table, bank, all_found)
         return taken(table, ids, bank.computing_dtype)
 
     @staticmethod
@@ -169,7 +161,7 @@ class ScoredRows(torch.autograd.Function):
         rows = taken(table, ids, bank.computing_dtype)
         scores = scores.clone()  # an output of its own
         ctx.save_for_backward(ids, queries, rows, scores)
-        _remember(ctx, table, bank, all_found)
+        remember(ctx, table, bank, all_found)
         ctx.set_materialize_grads(False)
         return rows, scores
 
@@ -188,56 +180,6 @@ class ScoredRows(torch.autograd.Function):
         if gradient is None:  # nothing depends on either
             gradient = torch.zeros_like(rows)
         return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None
-
-
-def _remember(ctx: Any, table: Tensor, bank: MemoryBank, all_found: bool) -> None:
-    """What the backward pass has to know of a read of a bank's table."""
-    ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, bank.book.now
-    ctx.all_found, ctx.table, ctx.changes = all_found, bank.table, bank.table.changes
-
-
-def _all_trainable(ctx: Any) -> bool:
-    """Whether all rows read are known to take gradients, without a look at any of them."""
-    table, book = ctx.bank.table, ctx.bank.book
-    if not ctx.all_found or table is not ctx.table or table.changes != ctx.changes:
-        return False  # rows came or went
-    return not book.num_frozen and book.selection is None and book.last_written <= ctx.time
-
-
-def sparse_gradient(ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
-    """Of a table, from that of its rows [*S, W]: an entry for each trainable row that was read.
-
-    On a device the host waits for their number, unless it knows that all of them are.
-    """
-    flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
-    if not _all_trainable(ctx):
-        kept = ctx.bank.is_trainable(flat, ctx.time)
-        if not kept.all():
-            flat, values = flat[kept], values[kept]
-    if ctx.dtype in HALF_DTYPES:  # what is read several times is summed before it is rounded
-        return by_row(row_sparse(flat, values, ctx.shape), ctx.dtype)
-    return row_sparse(flat, values.to(ctx.dtype), ctx.shape)
-
-
-def row_sparse(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    """A row-sparse gradient of entries whose ids are known to be right."""
-    return torch.sparse_coo_tensor(ids.unsqueeze(0), values, shape, check_invariants=False)
-
-
-def by_row(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sparse gradient with the entries of a row added up, then in `dtype`.
-
-    Coalesced; on a device, where the host would have to wait for the number of rows, with as many
-    entries as before: a row's first one holds the sum, and the others zeros.
-    """
-    values = gradient._values()
-    is_done = gradient.is_coalesced() or gradient.sparse_dim() != 1
-    if is_done or values.dtype == torch.float64 or not use_triton(values):
-        return gradient.coalesce().to(dtype)
-    from sparsemem.kernels.gpu.rows import sum_by_row
-
-    ids, sums = sum_by_row(gradient._indices()[0], values)
-    return row_sparse(ids, sums.to(dtype), gradient.shape)
 
 
 def gather(
@@ -302,18 +244,3 @@ def bank_of(parameter: Tensor) -> MemoryBank | None:
     """The bank whose rows a parameter holds, or None."""
     owner: Owner | None = getattr(parameter, "memory_bank", None)
     return None if owner is None else owner.bank
-
-
-def without_rows(gradient: Tensor, ids: Int[Tensor, " n"]) -> Tensor:
-    """A row-sparse gradient without the entries of some rows."""
-    place = gradient._indices()
-    kept = ~torch.isin(place[0], ids)
-    if kept.all():
-        return gradient
-    return torch.sparse_coo_tensor(
-        place[:, kept],
-        gradient._values()[kept],
-        gradient.shape,
-        is_coalesced=gradient.is_coalesced(),
-        check_invariants=False,
-    )

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from sparsemem.bank.arguments import check_dtype
 from sparsemem.bank.book import FOREVER, RowBook
+from sparsemem.bank.devices import on_device
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.expiry import ExpirySchedule
+from sparsemem.bank.gradients import drop_blanks, drop_gradients
 from sparsemem.bank.journal import Journal, Kind
-from sparsemem.bank.rows import fill_normal, new_tables, on_device, own, without_rows
+from sparsemem.bank.rows import fill_normal, new_tables, own
 from sparsemem.bank.selection import Selection
 from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
@@ -299,6 +301,10 @@ class RowStore(nn.Module):
                 self.journal.record(Kind.DROP, gone, {})
         self._unrecorded.clear()
 
+    def count_call(self) -> None:
+        """Count one call of the usage clock; rows go whose time is over by then."""
+        self._expire_before(self.book.tick())
+
     def used(self, ids: Int[Tensor, " n"]) -> int:
         """Count one call of the usage clock and an access of each of these rows; its time.
 
@@ -342,7 +348,7 @@ class RowStore(nn.Module):
             if self.values is not None and values is not None:
                 self.values.data.index_copy_(0, ids, values)
             if rows is not None or values is not None:
-                self._drop_gradients(ids)
+                drop_gradients(self, ids)
                 self.book.wrote(ids)
             self._expiries.add(ids[going], expiry[going])
             self._expiries.tidy(self.table.num_live)
@@ -360,7 +366,7 @@ class RowStore(nn.Module):
             self._set_live(ids, False)
             self.book.clear(ids)
             self._room.removed(ids)
-            self._drop_gradients(ids)
+            drop_gradients(self, ids)
             self._forget(ids)
             self.index.removed(ids)
 
@@ -369,6 +375,7 @@ class RowStore(nn.Module):
         if self.journal is not None:
             self.journal.record(Kind.FLAG, ids, {"frozen": frozen})
         with self._applying():
+            drop_blanks(self)
             self.book.flag(ids, frozen)
             if not frozen.all():
                 self._room.released()
@@ -377,12 +384,6 @@ class RowStore(nn.Module):
         for listener in list(self._listeners):
             for parameter in self.tables:
                 listener.forget(parameter, ids)
-
-    def _drop_gradients(self, ids: Tensor) -> None:
-        """What was read there before is another row now: its gradients are not for this one."""
-        for table in self.tables:
-            if table.grad is not None and table.grad.is_sparse:
-                table.grad = without_rows(table.grad, ids)
 
     def _allocate(
         self, dtype: torch.dtype, device: torch.device | str | None, storage: str | Path

@@ -15,7 +15,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sparsemem.bank.rows import bank_of, without_rows
+from sparsemem.bank.gradients import without_rows
+from sparsemem.bank.rows import bank_of
 
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsemem.bank.bank import Hit, MemoryBank
+from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.devices import on_device
+from sparsemem.bank.reading import Hit, read_sum
 from sparsemem.checks import (
     check_at_most,
     check_finite,
@@ -95,9 +97,14 @@ class MemoryLayer(nn.Module):
             )
         if not is_autocast(input):
             check_like("input", input, self.query.weight)
-        check_finite("input", input)
+        if not self._checks_queries(input):
+            check_finite("input", input)
         queries = self.queries(input)
-        read = self._sum(self.bank.read(queries, self.top_k)).to(queries.dtype)
+        try:
+            read = read_sum(self.bank, queries, self.top_k, self.weights).to(queries.dtype)
+        except ValueError:
+            check_finite("input", input)  # of which then the queries are not either
+            raise
         output: Tensor = self.out(read if self.gate is None else F.silu(self.gate(input)) * read)
         return output
 
@@ -111,7 +118,10 @@ class MemoryLayer(nn.Module):
         return normed.view(shape)
 
     def weights(self, hit: Hit) -> Float[Tensor, "B T H K"]:
-        """s: how much each row that a head found counts; the rows that are missing, nothing."""
+        """s: how much each row that a head found counts; the rows that are missing, nothing.
+
+        `hit.values` may be empty: on a GPU they are summed where they lie.
+        """
         missing = hit.ids < 0
         # Infinite scores must not meet the temperature: its gradient would be 0 * inf.
         scores = hit.scores.masked_fill(missing, 0) * self.bank.metric.sign
@@ -120,11 +130,12 @@ class MemoryLayer(nn.Module):
         none = missing.all(-1, keepdim=True)
         return logits.masked_fill(missing & ~none, -torch.inf).softmax(-1)
 
-    def _sum(self, hit: Hit) -> Float[Tensor, "B T V"]:
-        """sum_hi s_hi v_i in the bank's computing dtype, under autocast too."""
-        with torch.autocast(hit.values.device.type, enabled=False):
-            weights = self.weights(hit).flatten(2).unsqueeze(-2)
-            return (weights @ hit.values.flatten(2, 3)).squeeze(-2)
+    def _checks_queries(self, input: Tensor) -> bool:
+        """Whether the bank's check of the queries is enough: on a device, which to look at waits.
+
+        Not where a batch norm's averages would have taken the input in before.
+        """
+        return on_device(input) and not isinstance(self.query_norm, nn.BatchNorm1d)
 
 
 def _query_norm(name: str, num_heads: int, width: int) -> nn.Module:

@@ -6,7 +6,6 @@ graph is recorded once, at the second call of a shape, and replayed from then on
 
 from __future__ import annotations
 
-import gc
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -16,9 +15,12 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.checks import check_size
+from sparsemem.memory.devices import rehearsal
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.controller import has_global_hooks
 from sparsemem.models.precision import is_autocast
@@ -61,11 +63,12 @@ class Captured(nn.Module):
         self.model = model
         self.max_graphs = check_size("max_graphs", max_graphs)
         self.failure: str | None = None  # why nothing more is captured
+        self.replays = 0
         self._forget(())
 
     @property
     def num_graphs(self) -> int:
-        """Shapes that have been captured."""
+        """Ways of running that have been captured."""
         return len(self._graphs)
 
     def forward(
@@ -77,17 +80,17 @@ class Captured(nn.Module):
                 "state is what a captured sequence left, and cannot be gone on with: call the"
                 " model itself (captured(model).model) for sequences that come in pieces"
             )
-        graph = None if state is not None or not on_gpu(input) else self._graph(input)
-        return self.model(input, state) if graph is None else self._replay(graph, input)
+        graphs = None if state is not None or not on_gpu(input) else self._graphs_for(input)
+        return self.model(input, state) if graphs is None else self._replay(graphs, input)
 
-    def _graph(self, input: Tensor) -> nn.Module | None:
-        """The graph of such inputs, captured if this is their second time; None: run the model."""
+    def _graphs_for(self, input: Tensor) -> Graphs | None:
+        """The graphs for such inputs, captured at their second time; None: run the model."""
         if torch.is_inference_mode_enabled() or not is_capturable(self.model):
             return None
         places = tuple((id(tensor), tensor.data_ptr()) for tensor in tensors_of(self.model))
         if places != self._places:
             self._forget(places)
-        if self._in_use():
+        if self._is_in_use():
             return None
         key = key_of(self.model, input)
         if key not in self._graphs:
@@ -100,77 +103,149 @@ class Captured(nn.Module):
         return self._graphs.get(key)
 
     def _forget(self, places: tuple[tuple[int, int], ...]) -> None:
-        """Drop graphs of parameters that are elsewhere now."""
-        had_graphs = bool(getattr(self, "_graphs", None))
+        """Drop graphs: the parameters are elsewhere now."""
         self._places = places
-        self._graphs: dict[Any, nn.Module] = {}
+        self._graphs: dict[Any, Graphs] = {}
         self._seen: set[Any] = set()
         self._pool: Any = None  # memory that the graphs share: only one is in use at a time
-        self._replays = 0
-        self._pending: weakref.ref[Any] | None = None  # what will do the last one's backward pass
-        if had_graphs:
-            gc.collect()  # torch's graphed modules refer to themselves, and hold much memory
+        self._waiting: weakref.ref[Any] | None = None  # the last replay, until it has gone backward
 
-    def _in_use(self) -> bool:
+    def _is_in_use(self) -> bool:
         """Whether a replayed sequence waits for its backward pass, which another would spoil."""
-        return self._pending is not None and self._pending() is not None
+        return self._waiting is not None and self._waiting() is not None
 
     def _capture(self, key: Any, input: Tensor) -> None:
         self.model._check_input(input)
-        sample = input.detach().clone().requires_grad_(input.requires_grad)
         try:
             self._pool = self._pool or graph_pool()
-            self._graphs[key] = make_graphed(Sequence(self.model), sample, self._pool)
+            self._graphs[key] = Graphs(self.model, input, self._pool)
         except Exception as error:  # whatever the model's parts may raise
-            self.failure = f"{type(error).__name__}: {error}"
+            cause = first_of(error)
+            self.failure = f"{type(cause).__name__}: {cause}"
             warnings.warn(
-                f"sequences of shape {tuple(input.shape)} cannot be captured as a CUDA graph, and"
+                f"sequences of shape {tuple(input.shape)} cannot be captured as CUDA graphs, and"
                 f" no others will be; they run step by step: {self.failure}",
                 RuntimeWarning,
                 stacklevel=6,
             )
 
-    def _replay(self, graph: nn.Module, input: Tensor) -> tuple[Tensor, CapturedState]:
-        self.model._check_input(input)  # inside the graph nothing looks at values
-        output, touched = graph(input)
-        self._replays += 1
+    def _replay(self, graphs: Graphs, input: Tensor) -> tuple[Tensor, CapturedState]:
+        self.model._check_input(input)  # inside a graph nothing looks at values
+        self.replays += 1
+        output, touched = Replay.apply(self, graphs, input, *self.model.parameters())  # type: ignore[no-untyped-call]
         if output.grad_fn is not None:
-            self._watch(output.grad_fn)
-        # The graph's own are overwritten by its next replay.
-        return output.clone(), CapturedState(touched.clone())
+            self._waiting = weakref.ref(output.grad_fn)
+        return output, CapturedState(touched)
 
-    def _watch(self, node: Any) -> None:
-        """See to it that a backward pass is of the last replay, and its gradients are kept."""
-        replay = self._replays
-        self._pending = weakref.ref(node)
-
-        def before(gradients: tuple[Tensor | None, ...]) -> None:
-            if replay != self._replays:
-                raise RuntimeError(
-                    "a captured sequence is gone through backward after another was replayed, which"
-                    " has overwritten it: call backward once, before the next sequence"
-                )
-
-        def after(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
-            self._pending = None
-            # Or `parameter.grad` would be the graph's own memory, overwritten by the next replay.
-            return tuple(None if part is None else part.clone() for part in gradients)
-
-        node.register_prehook(before)
-        node.register_hook(after)
+    def begin_backward(self, replay: int) -> None:
+        """Refuse to go backward through what is no longer there."""
+        if replay != self.replays or not self._is_in_use():
+            raise RuntimeError(
+                "a captured sequence is gone through backward twice, or after another was"
+                " replayed, which has overwritten it: call backward once, before the next sequence"
+            )
+        self._waiting = None
 
 
-class Sequence(nn.Module):
-    """What is captured: tensors in, tensors out."""
+class Replay(torch.autograd.Function):
+    """Replays a sequence. What it returns is copied: the graphs' own is overwritten next time."""
 
-    def __init__(self, model: MemoryModel) -> None:
-        super().__init__()
-        self.model = model
+    @staticmethod
+    def forward(
+        ctx: Any, owner: Captured, graphs: Graphs, input: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output, and slots touched."""
+        ctx.owner, ctx.graphs, ctx.replay = owner, graphs, owner.replays
+        output, touched = (part.clone() for part in graphs.forward(input))
+        ctx.mark_non_differentiable(touched)
+        return output, touched
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
+        """Gradients of the input and of the parameters, where they are wanted."""
+        ctx.owner.begin_backward(ctx.replay)
+        found = iter(ctx.graphs.backward(gradient))
+        wanted = (next(found) if needed else None for needed in ctx.needs_input_grad[2:])
+        return None, None, *(None if part is None else part.clone() for part in wanted)
+
+
+class Graphs:
+    """Forward and backward pass of whole sequences of one shape, captured.
+
+    All tensors stay where they are: inputs are copied in, outputs and gradients overwritten. The
+    backward pass goes through the last forward pass, once: it reuses the memory as it goes.
+    """
+
+    def __init__(self, model: MemoryModel, input: Tensor, pool: Any) -> None:
+        self._take(model, input)
+        with torch.cuda.device(input.device), uncached_autocast(), same_stream():
+            self._rehearse()
+            self._capture(pool)
+
+    def _take(self, model: MemoryModel, input: Tensor) -> None:
+        """The model, and what it is to be run on."""
+        self._model = model
+        self._input = leaf_like(input.clone(), input)
+        # Leaves of its own, of the same memory: autograd remembers the stream in which it first
+        # saw a leaf, and has a capture wait for it, which is refused.
+        self._leaves = {name: leaf_like(own, own) for name, own in model.named_parameters()}
+        inputs = (self._input, *self._leaves.values())
+        self._trained = [tensor for tensor in inputs if tensor.requires_grad]
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Output, and slots touched, of whole sequences."""
-        output, state = self.model(input)
+        """Output, and slots touched."""
+        with torch.no_grad():
+            self._input.copy_(input)
+        self._forward.replay()
+        return self._output, self._touched
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what requires one: the input, the parameters; None where they play no part.
+
+        gradient: of the output.
+        """
+        self._gradient.copy_(gradient)
+        self._backward.replay()
+        return self._gradients
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        output, state = functional_call(self._model, self._leaves, (self._input,))
         return output, state.touched
+
+    def _gradients_of(self, output: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(output, self._trained, self._gradient, allow_unused=True)
+
+    def _rehearse(self) -> None:
+        """Have done all that is done at a first time, and refuse what cannot be captured.
+
+        The second time whatever has the host wait raises: in a capture that would raise, too, and
+        leave torch's allocator and random numbers in the middle of it.
+        """
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()), rehearsal():  # type: ignore[no-untyped-call]
+            self._both_ways()
+            with no_waits():
+                self._both_ways()
+        torch.cuda.synchronize()
+
+    def _both_ways(self) -> None:
+        output, _ = self._run()
+        self._gradient = torch.ones_like(output)
+        if output.requires_grad:
+            self._gradients_of(output)
+
+    def _capture(self, pool: Any) -> None:
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # What other threads do meanwhile, a bank's upkeep perhaps, is theirs.
+        mode = {"pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._forward, **mode):
+            output, self._touched = self._run()
+        self._gradients: tuple[Tensor | None, ...] = ()
+        if output.requires_grad:
+            with torch.cuda.graph(self._backward, **mode):
+                self._gradients = self._gradients_of(output)
+        self._output = output.detach()
 
 
 def captured(model: MemoryModel, max_graphs: int = 8) -> Captured:
@@ -184,9 +259,9 @@ def captured(model: MemoryModel, max_graphs: int = 8) -> Captured:
 
     Each way of running has a graph of its own: shape, dtype, training or not, gradients or not,
     autocast, which parameters are trained. Parameters that are moved or replaced are captured
-    anew; other attributes that are changed are not seen. The state that a replay returns knows
-    `touched` and cannot be gone on with. Gradients of gradients are not to be had, and only one
-    thread may call it.
+    anew; other attributes that are changed, and settings of torch, are not seen. The state that a
+    replay returns knows `touched` and cannot be gone on with. A sequence is gone through backward
+    once, gradients of gradients are not to be had, and only one thread may call it.
 
     Args:
         model: SAM, SDNC, NTM, DNC or any other `MemoryModel`; shared, not copied.
@@ -224,10 +299,21 @@ def key_of(model: nn.Module, input: Tensor) -> tuple[Any, ...]:
         input.requires_grad,
         torch.is_grad_enabled(),
         torch.get_autocast_dtype(input.device.type) if is_autocast(input) else None,
-        torch.get_float32_matmul_precision(),
         tuple(module.training for module in model.modules()),
         tuple(parameter.requires_grad for parameter in model.parameters()),
     )
+
+
+def first_of(error: BaseException) -> BaseException:
+    """What came first: ending a capture that something else had broken raises, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def leaf_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A leaf of autograd's graphs of the same memory, that requires a gradient as `like` does."""
+    return tensor.detach().requires_grad_(like.requires_grad)
 
 
 def graph_pool() -> Any:
@@ -235,16 +321,25 @@ def graph_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def make_graphed(module: Sequence, sample: Tensor, pool: Any) -> nn.Module:
-    """The module as CUDA graphs for inputs like `sample`, which is where they read their input."""
-    stream = torch.cuda.current_stream(sample.device)
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """What has the host wait for the GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.device(sample.device), uncached_autocast():
-            torch.cuda.make_graphed_callables(module, (sample,), allow_unused_input=True, pool=pool)
-            return module  # whose forward is now the graphs'
-    except Exception:
-        torch.cuda.set_stream(stream)  # a capture that failed leaves its own
-        raise
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def same_stream() -> Iterator[None]:
+    """Afterwards the stream is what it was: a capture that failed leaves its own."""
+    stream = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
 
 
 @contextmanager

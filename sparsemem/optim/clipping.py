@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from sparsemem.bank.rows import by_row
+from sparsemem.bank.gradients import by_row
 from sparsemem.optim.options import check_above_zero, check_range
 
 

@@ -36,8 +36,9 @@ class Batch(NamedTuple):
         return Batch(*(tensor[:, start:stop] for tensor in self))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(tensor.to(device) for tensor in self))
+        """The same batch on another device; for one on its way to a GPU nobody waits."""
+        non_blocking = torch.device(device).type == "cuda"
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
 def check_split(split: str) -> str:

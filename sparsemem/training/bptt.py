@@ -10,6 +10,7 @@ import torch
 
 from sparsemem.errors import UserError
 from sparsemem.models.base import MemoryModel
+from sparsemem.models.captured import Captured
 from sparsemem.tasks import Batch, Task
 from sparsemem.training.regions import region
 
@@ -35,7 +36,7 @@ def chunks(batch: Batch, length: int | None) -> Iterator[Batch]:
 
 
 def train_batch(
-    model: MemoryModel,
+    model: MemoryModel | Captured,
     task: Task,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
@@ -47,47 +48,55 @@ def train_batch(
     The state is carried from chunk to chunk and gradients are not (truncated BPTT,
     Williams & Peng 1990). Chunk losses share the normaliser of the whole sequence, so
     they add up to its loss. A chunk in which nothing is scored takes no optimiser step.
-    `gradient_norm` is the largest of the chunks', before clipping to `clip`.
+    `gradient_norm` is the largest of the chunks', before clipping to `clip`. A captured model
+    replays a batch that is one chunk; what is in several is run step by step.
     """
     state: Any = None
     outputs, loss, norm = [], 0.0, 0.0
     normaliser = task.normaliser(batch).clamp(min=1)
-    for chunk in chunks(batch, truncate):
+    parts = list(chunks(batch, truncate))
+    if len(parts) > 1 and isinstance(model, Captured):
+        model = model.model  # whose state is gone on with
+    is_scored = numbers(*(chunk.mask.any() for chunk in parts))
+    for chunk, scored in zip(parts, is_scored, strict=True):
         output, state = model(chunk.input, state)
         outputs.append(output.detach())
-        if chunk.mask.any():
+        if scored:
             with region("loss"):
                 chunk_loss = task.loss(output, chunk, normaliser)
-            loss += _finite("loss", chunk_loss.item())
-            norm = max(norm, _update(model, optimiser, chunk_loss, clip))
+            of_chunk, norm_of_chunk = _update(model, optimiser, chunk_loss, clip)
+            loss, norm = loss + of_chunk, max(norm, norm_of_chunk)
             del chunk_loss
         state = state.detach()
         del output  # or the graph of a chunk in which nothing is scored would outlive the next
-    touched = state.touched.to(torch.float64).mean().item()
     with region("loss"):
-        metric = float(task.metric(torch.cat(outputs, 1), batch))
+        found = task.metric(torch.cat(outputs, 1), batch)
+        touched, metric = numbers(state.touched.to(torch.float64).mean(), found)
     return BatchResult(loss, metric, touched, norm)
 
 
+def numbers(*scalars: torch.Tensor) -> list[float]:
+    """The values of scalars, for which the host waits once."""
+    values: list[float] = torch.stack([scalar.to(torch.float64) for scalar in scalars]).tolist()
+    return values
+
+
 def _update(
-    model: MemoryModel,
+    model: MemoryModel | Captured,
     optimiser: torch.optim.Optimizer,
     loss: torch.Tensor,
     clip: float | None,
-) -> float:
-    """One optimiser step; returns the gradient's norm before clipping."""
+) -> tuple[float, float]:
+    """One optimiser step, if all is finite: the loss, and the gradient's norm before clipping."""
     optimiser.zero_grad(set_to_none=True)
     with region("autograd"):
         loss.backward()  # type: ignore[no-untyped-call]
     with region("optimiser"):
         limit = math.inf if clip is None else clip  # an infinite limit measures and leaves
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-        _finite("gradient norm", norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        found = numbers(loss.detach(), norm)
+        for name, value in zip(("loss", "gradient norm"), found, strict=True):
+            if not math.isfinite(value):
+                raise Diverged(f"the {name} is {value}")
         optimiser.step()
-    return norm
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise Diverged(f"the {name} is {value}")
-    return value
+    return found[0], found[1]

@@ -23,7 +23,7 @@ from sparsemem.training.config import Config
 from sparsemem.training.dryrun import is_sparse, linear
 from sparsemem.training.optimisers import make_optimiser
 from sparsemem.training.plan import Lengths, Planned, Seconds, model_on
-from sparsemem.training.setup import device_of
+from sparsemem.training.setup import as_trained, device_of
 
 SPARSE_STEPS, DENSE_STEPS = 64, 16  # that are run, at most
 MOST_SEQUENCES, MOST_HIDDEN = 64, 512
@@ -173,7 +173,8 @@ def _training_step(config: Config, task: Task, sizes: Sizes) -> Callable[[], obj
     if "num_slots" in config.model.options:
         changes["num_slots"] = sizes.slots
     device = device_of(config)
-    model = model_on(device, config, task, **changes)
+    plain = model_on(device, config, task, **changes)
+    model = as_trained(config, plain) if config.training.truncate is None else plain
     optimiser = make_optimiser(config.training.optimizer, model.parameters())
     batch = _sequences(config, task, sizes).to(device)
     clip = config.training.gradient_clip

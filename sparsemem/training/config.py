@@ -29,6 +29,11 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    # YAML 1.1 reads off as false.
+    return "off" if value is False else value
+
+
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Int, Field(ge=1)]
@@ -84,6 +89,7 @@ class Training(Section):
     threads: Annotated[Count, Field(le=1024)] = 1
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
+    capture: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = "auto"
     log_every: Count = 50
     evaluate_every: Count | None = 500
     checkpoint_every: Count = 500

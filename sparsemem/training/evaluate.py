@@ -9,6 +9,7 @@ import torch
 
 from sparsemem.models.base import MemoryModel
 from sparsemem.tasks import Batch, Task
+from sparsemem.training.bptt import numbers
 
 
 class Result(NamedTuple):
@@ -90,6 +91,6 @@ def _tally(model: MemoryModel, task: Task, batches: Iterable[Batch]) -> Tally:
         output, state = model(batch.input)
         wrong, total = task.score(output, batch)
         loss, terms = task.summed_loss(output, batch), task.normaliser(batch)
-        sums = (sum_.item() for sum_ in (wrong, total, loss, terms, state.touched.sum()))
+        sums = numbers(wrong, total, loss, terms, state.touched.sum())
         tally = Tally(*map(sum, zip(tally, (len(batch.input), *sums), strict=True)))
     return tally

@@ -26,6 +26,7 @@ RESUME_MAY_CHANGE = {
     "training.keep_checkpoints",
     "training.threads",
     "training.device",
+    "training.capture",
     "task.path",
     "task.qa3_path",
 }

@@ -47,7 +47,8 @@ class Memory(BaseModel):
 
     `step` is what torch's profiler counts of tensors, parameters included; `process` what the
     process takes: Python and the libraries, and the most of `step`, an evaluation, and the copies
-    that saving a checkpoint makes.
+    that saving a checkpoint makes. All of it is on the device: for a GPU, the libraries are what is
+    taken there already, and the copies, which are on the host, are left out.
     """
 
     parameters: int
@@ -55,6 +56,7 @@ class Memory(BaseModel):
     optimiser: int
     memory: int  # of the slots touched by sparse models, with the buffer of their gradient
     activations: int
+    graphs: int  # what CUDA graphs keep for themselves, beside what sequences take that run plainly
     data: int
     evaluation: int
     saving: int
@@ -64,7 +66,7 @@ class Memory(BaseModel):
     def step(self) -> int:
         """Tensors at the peak of a training step."""
         held = self.parameters + self.gradients + self.optimiser
-        return held + self.memory + self.activations + self.data
+        return held + self.memory + self.activations + self.graphs + self.data
 
     @property
     def process(self) -> int:
@@ -73,7 +75,7 @@ class Memory(BaseModel):
 
     def sum(self) -> str:
         """The peak of a training step as a sum, largest first, without what is nothing."""
-        names = ("parameters", "gradients", "optimiser", "memory", "activations", "data")
+        names = ("parameters", "gradients", "optimiser", "memory", "activations", "graphs", "data")
         parts = sorted(((getattr(self, name), name) for name in names), reverse=True)
         shown = " + ".join(f"{name} {show_bytes(size)}" for size, name in parts if size)
         return f"{show_bytes(self.step)} = {shown}"
@@ -218,17 +220,23 @@ def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) ->
     sizes = StepSizes(training.batch_size, chunk, lengths.longest)
     found = _pass_bytes(config, task, model, sizes)
     evaluated = StepSizes(config.evaluation.batch_size, lengths.evaluation, lengths.evaluation)
+    device = device_of(config)
+    on_gpu = device.type == "cuda"
+    # The optimiser's temporaries come when the activations are gone.
+    activations = int(max(found.rest - held, temporary - found.memory))
+    captured = on_gpu and training.capture == "auto" and chunk == lengths.longest
     memory = Memory(
         parameters=held,
         gradients=held,
         optimiser=state,
         memory=int(found.memory),
-        # The optimiser's temporaries come when the activations are gone.
-        activations=int(max(found.rest - held, temporary - found.memory)),
+        activations=activations,
+        graphs=activations + int(found.memory) if captured else 0,
         data=_data_bytes(config, task, sizes),
         evaluation=int(held + state + sum(_pass_bytes(config, task, model, evaluated, False))),
-        saving=int(4 * (held + state)),  # all of it, a copy, and the file in memory, twice
-        libraries=process_bytes(),
+        # On the host all of it, a copy, and the file in memory, twice.
+        saving=int((1 if on_gpu else 4) * (held + state)),
+        libraries=taken_bytes(device) if on_gpu else process_bytes(),
     )
     return memory, state
 
@@ -292,6 +300,12 @@ def machine_bytes(device: torch.device) -> int | None:
     total = _kib(MEMORY_INFO, "MemTotal")
     limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What is in use of a GPU's memory, by whomever, but for this process's tensors."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def process_bytes() -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsemem.models.base import MemoryModel
+from sparsemem.models.captured import Captured, captured
 from sparsemem.models.registry import find_model, make_model, model_options
 from sparsemem.tasks import Task, make_task, task_options
 from sparsemem.training.checkpoint import Checkpoint, check_tensors
@@ -83,6 +84,16 @@ def build_model(config: Config, task: Task) -> MemoryModel:
         torch.manual_seed(config.training.seed)
         model = make_model(config.model.name, **sizes, **config.model.options)
     return model.to(device, dtype_of(config))
+
+
+def as_trained(config: Config, model: MemoryModel) -> MemoryModel | Captured:
+    """What training calls: the model itself, or on a GPU its whole sequences as CUDA graphs.
+
+    Where batches come in chunks, or shapes vary a lot, the model itself is run even so.
+    """
+    if device_of(config).type != "cuda" or config.training.capture == "off":
+        return model
+    return captured(model)
 
 
 def load_model(setup: Setup, checkpoint: Checkpoint) -> None:

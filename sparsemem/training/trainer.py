@@ -33,7 +33,7 @@ from sparsemem.training.profiling import Profile
 from sparsemem.training.progress import Progress
 from sparsemem.training.regions import region
 from sparsemem.training.run import MetricsLog, RunFolder
-from sparsemem.training.setup import Setup, describe, load_model, package_version
+from sparsemem.training.setup import Setup, as_trained, describe, load_model, package_version
 from sparsemem.training.signals import Stop, stop_on_signal
 
 
@@ -55,6 +55,7 @@ class Trainer:
         training = self.config.training
         torch.set_num_threads(training.threads)
         self.device = next(self.model.parameters()).device
+        self.trained = as_trained(self.config, self.model)
         self.optimiser = make_optimiser(training.optimizer, self.model.parameters())
         self.schedule = make_schedule(self.optimiser, training.schedule, training.steps)
         self.curriculum = make_curriculum(self.config.curriculum, training.seed)
@@ -141,7 +142,7 @@ class Trainer:
             batch = self.task.batch(self.step, level).to(self.device)
         try:
             result = train_batch(
-                self.model,
+                self.trained,
                 self.task,
                 self.optimiser,
                 batch,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparsemem.indexes import upkeep
 from sparsemem.indexes.metrics import Metric
+from tests.oracles.device_kind import DeviceKind
 from tests.oracles.row_dictionary import (
     LARGE_BUFFER,
     OPERATIONS,
@@ -36,6 +37,7 @@ KINDS = [
 # few rows, as all lists are needed where they hold less than was asked for.
 TUNED = Kind("IVF8,Flat", floor=0.8, ks=(1, 2, 3))
 KINDS.append(TUNED)
+KINDS += [DeviceKind("IVF4,Flat", exhaustive=True), DeviceKind("IVF4,SQ8")]
 EAGER = {"CHECK_ROWS": 3, "CHECK_QUERIES": 4, "SAMPLE": 4, "WATCH_EVERY": 2}
 CASES = [(kind, metric) for kind in KINDS for metric in kind.metrics]
 
@@ -68,7 +70,8 @@ def sequences(count: int):
 
 
 def named(value) -> str:
-    return getattr(value, "name", str(value))
+    place = "device " if isinstance(value, DeviceKind) else ""
+    return place + getattr(value, "name", str(value))
 
 
 cases = pytest.mark.parametrize(("kind", "metric"), CASES, ids=named)

@@ -27,6 +27,12 @@ def test_recall_counts_what_is_as_good_as_the_truth():
     assert recall(other, truth, Metric.cosine) == 5 / 6
 
 
+def test_recall_counts_the_same_rows_however_their_scores_were_rounded():
+    truth = found([[0.9, 0.8], [0.5, 0.4]], [[2, 1], [4, 5]])
+    other = found([[0.9, 0.7999999], [0.5, 0.3999999]], [[2, 1], [4, 6]])
+    assert recall(other, truth, Metric.ip) == 3 / 4
+
+
 def test_recall_of_distances_and_of_missing_rows():
     inf = torch.inf
     truth = found([[1.0, 2.0, inf]], [[3, 5, -1]])

@@ -35,7 +35,8 @@ def random_case(model_class, seed, dtype, scales=(0.3, 1)):
 
 def everything(model, input, output, state):
     """Numbers that a run leaves, by name: outputs, gradients, memory."""
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    like = {"dtype": output.dtype, "device": output.device}
+    weights = torch.linspace(-1, 1, output.numel(), **like).view_as(output)
     inputs = [input, *model.parameters()]
     gradients = torch.autograd.grad((output * weights).sum(), inputs, retain_graph=True)
     return {

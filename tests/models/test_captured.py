@@ -1,19 +1,19 @@
-"""Captured sequences: what is captured and when, and that replays equal the model.
-
-Without a GPU torch's graphs are replaced by `FakeGraphs`, which keep their worst habits: inputs,
-outputs and gradients stay where they are, and what a replay computed is gone with the next.
-"""
+"""Captured sequences: what is captured and when, and that replays equal the model."""
 
 import copy
 import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import sparsemem
-from sparsemem.models import captured as module
-from sparsemem.models.captured import Captured, CapturedState
+from sparsemem.memory import devices
+from sparsemem.models import captured as captured_module
+from sparsemem.models.captured import Captured, CapturedState, Graphs
+from tests.oracles.fake_graphs import FakeGraphs
 
 SIZES = {"input_size": 3, "hidden_size": 8, "output_size": 2}
 MODELS = {
@@ -25,61 +25,9 @@ MODELS = {
 }
 
 
-class FakeGraphs:
-    """Stands in for torch's graphs, and lists what was captured."""
-
-    def __init__(self) -> None:
-        self.captured: list[tuple[int, ...]] = []
-        self.replays = 0
-        self.error: Exception | None = None
-
-    def __call__(self, sequence, sample, pool):
-        if self.error is not None:
-            raise self.error
-        self.captured.append(tuple(sample.shape))
-        inputs = (sample, *sequence.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            static = [part.detach().clone() for part in sequence(sample)]
-        gradients = [torch.zeros_like(part) if part.requires_grad else None for part in inputs]
-        live = {}
-
-        class Graphed(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, input, *_):
-                self.replays += 1
-                with torch.no_grad():
-                    sample.copy_(input)
-                with torch.enable_grad():
-                    parts = sequence.original(sample)
-                live["output"] = parts[0]
-                for place, part in zip(static, parts, strict=True):
-                    place.copy_(part.detach())
-                return tuple(place.detach() for place in static)
-
-            @staticmethod
-            @torch.autograd.function.once_differentiable
-            def backward(ctx, gradient, _):
-                wanted = [part for part in inputs if part.requires_grad]
-                found = iter(
-                    torch.autograd.grad(live["output"], wanted, gradient, allow_unused=True)
-                )
-                for place in gradients:
-                    if place is not None:
-                        place.copy_(next(found))
-                return tuple(None if place is None else place.detach() for place in gradients)
-
-        sequence.original = sequence.forward
-        sequence.forward = lambda input: Graphed.apply(input, *inputs[1:])
-        return sequence
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    fake = FakeGraphs()
-    monkeypatch.setattr(module, "on_gpu", lambda input: True)
-    monkeypatch.setattr(module, "graph_pool", lambda: "pool")
-    monkeypatch.setattr(module, "make_graphed", fake)
-    return fake
+    return FakeGraphs.stand_in(monkeypatch)
 
 
 @pytest.fixture
@@ -185,15 +133,18 @@ def test_a_sequence_beside_one_that_waits_for_its_backward_pass_runs_plainly(gra
     assert graphs.replays == 4
 
 
-def test_going_backward_again_after_another_replay_is_refused(graphs, model):
+@pytest.mark.parametrize("replayed", [False, True])
+def test_going_backward_again_is_refused(graphs, model, replayed):
     fast = sparsemem.captured(model)
     first, second = inputs(2)
     backward(fast, first)
     output, _ = fast(first)
     output.sum().backward(retain_graph=True)
-    backward(fast, second)
-    with pytest.raises(RuntimeError, match="after another was replayed"):
+    if replayed:
+        backward(fast, second)
+    with pytest.raises(RuntimeError, match="twice, or after another was replayed"):
         output.sum().backward()
+    backward(fast, second)
 
 
 def test_every_way_of_running_has_a_graph_of_its_own(graphs, model):
@@ -352,6 +303,92 @@ def test_arguments(plain_errors):
         Captured(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="max_graphs is 0, expected at least 1"):
         Captured(MODELS["lstm"](), max_graphs=0)
+
+
+class Torch:
+    """Stands in for `torch.cuda`, and lists what it is asked to do."""
+
+    def __init__(self):
+        self.calls = []
+        self.wait_mode = 0
+
+    def __getattr__(self, name):
+        @contextmanager
+        def entered():
+            self.calls.append(name)
+            yield
+            self.calls.append(f"end {name}")
+
+        return lambda *_, **__: entered()
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def current_stream(self):
+        return "before"
+
+    def set_stream(self, stream):
+        self.calls.append(f"stream {stream}")
+
+    def get_sync_debug_mode(self):
+        return self.wait_mode
+
+    def set_sync_debug_mode(self, mode):
+        self.wait_mode = mode
+        self.calls.append(f"waits {mode}")
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+
+def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
+    fake = Torch()
+    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
+    seen = []
+    forward = type(model).forward
+
+    def watched(self, input, state=None):
+        seen.append((devices._rehearsed, fake.wait_mode))
+        return forward(self, input, state)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    input, other = inputs(2)
+    graphs = Graphs(model, input, "pool")
+    assert seen == [(True, 0), (True, "error"), (False, 0)]
+    rehearsed = ["synchronize", "stream", "waits error", "waits 0", "end stream", "synchronize"]
+    recorded = ["graph", "end graph", "graph", "end graph", "stream before", "end device"]
+    assert fake.calls == ["device", *rehearsed, *recorded]
+    expected, _ = model(input)
+    output, touched = graphs.forward(other)
+    assert_same(output, expected.detach())  # what was recorded: nothing is run by this replay
+    assert not output.requires_grad
+    assert len(touched) == 2
+    assert torch.equal(graphs._input, other)
+    found = graphs.backward(torch.ones_like(output))
+    wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    assert_same(list(found), list(wanted))
+    assert fake.calls[-2:] == ["replay", "replay"]
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch, model):
+    fake = Torch()
+    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
+    monkeypatch.setattr(captured_module, "on_gpu", lambda input: True)
+
+    def fails(self, input, state=None):
+        if devices._rehearsed:
+            raise ValueError("no")
+        return self.original(input, state)
+
+    model.original = model.forward
+    monkeypatch.setattr(type(model), "forward", fails)
+    fast = sparsemem.captured(model)
+    fast(inputs(1)[0])
+    with pytest.warns(RuntimeWarning, match="step by step: ValueError: no"):
+        fast(inputs(1)[0])
+    assert not devices._rehearsed
+    assert fake.wait_mode == 0
+    assert fake.calls[-1] == "stream before"
 
 
 # On a GPU --------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def trained(model, input):
     model.zero_grad()
     output, _ = model(input)
     output.square().sum().backward()
-    return output.detach(), [parameter.grad for parameter in model.parameters()]
+    return output.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def assert_same(ours, truth, tolerance):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemem.bank.rows import without_rows
+from sparsemem.bank.gradients import without_rows
 from sparsemem.optim.gradients import check_gradients, make_change
 from tests.oracles.row_optimizers import sparse
 

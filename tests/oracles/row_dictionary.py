@@ -44,6 +44,12 @@ class Kind(NamedTuple):
             options["buffer_rows"] = manner.buffer_rows
         return make_index(self.name, table, metric, **options)
 
+    def derivation(self) -> type:
+        """What a FAISS kind is built, absorbed into and searched by."""
+        from sparsemem.indexes.derived import Derived
+
+        return Derived
+
 
 class Manner(NamedTuple):
     """How a sequence begins, and how a FAISS kind is looked after while it lasts."""
@@ -183,10 +189,10 @@ class Work:
 
     def failure(self, random: Random) -> None:
         """A build or an update of the index's own that breaks off in the middle."""
-        from sparsemem.indexes.derived import Derived
-
         step = random.choice(("build", "absorb", "_add", "_vectors"))
-        broken = mock.patch.object(Derived, step, side_effect=RuntimeError("injected"))
+        broken = mock.patch.object(
+            self.kind.derivation(), step, side_effect=RuntimeError("injected")
+        )
         with broken, suppress(RuntimeError):
             self.update(random)
             self.index.rebuild()

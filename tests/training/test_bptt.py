@@ -2,10 +2,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsemem import captured
 from sparsemem.models.registry import make_model
 from sparsemem.tasks import make_task
+from sparsemem.training import bptt
 from sparsemem.training.bptt import Diverged, chunks, train_batch
+from tests.oracles.fake_graphs import FakeGraphs
 
 
 def parts(model="sam", dtype=torch.float64, **options):
@@ -113,3 +117,40 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser():
     with pytest.raises(Diverged, match=r"^the loss is nan$"):
         train_batch(made, task, still, batch)
     assert still.seen == []
+
+
+@pytest.mark.parametrize(("truncate", "replays"), [(None, 3), (11, 3), (4, 0)])
+def test_captured_batches_are_replayed_where_they_are_whole(monkeypatch, truncate, replays):
+    graphs = FakeGraphs.stand_in(monkeypatch)
+    results = []
+    for wrap in (lambda model: model, captured):
+        made, task, batch = parts()
+        model = wrap(made)
+        adam = torch.optim.Adam(made.parameters(), lr=0.01)
+        results.append([train_batch(model, task, adam, batch, truncate) for _ in range(4)])
+    assert graphs.replays == replays
+    for ours, theirs in zip(*results, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_a_whole_batch_makes_the_host_wait_three_times(monkeypatch):
+    made, task, batch = parts("lstm")
+    waits = []
+    numbers = bptt.numbers
+    monkeypatch.setattr(bptt, "numbers", lambda *s: waits.append(len(s)) or numbers(*s))
+    mode = CountWaits()
+    with mode:
+        train_batch(made, task, Still(made.parameters()), batch)
+    assert waits == [1, 2, 2]  # anything scored; loss and gradient; touched and metric
+    assert mode.count == 1  # whether the input is finite
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts what would have the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in waits
+        return function(*args, **(kwargs or {}))

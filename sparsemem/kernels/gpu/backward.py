@@ -2,7 +2,7 @@
 out of it. The equations are those of ../gradients.py.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl
@@ -158,6 +158,7 @@ def add_rows(
         id = load_vector(ids + group * K, K, NEIGHBOURS)
         gradient = load_table(to_rows + group * K * WIDTH, K, WIDTH, NEIGHBOURS, COLUMNS)
         row = load_rows(buffer, id, entry < K, WIDTH, COLUMNS)
+        tl.debug_barrier()  # several threads may have loaded what one stores
         store_rows(buffer, id, entry < K, row + gradient, WIDTH, COLUMNS)
         tl.debug_barrier()  # the next ones may be the same rows
 
@@ -186,6 +187,7 @@ def write_backward(
         to_interpolation += to_weight * gate * tl.where(is_fresh, -1, last)
         to_word += tl.sum((share * gate)[:, None] * row, 0)
         linked = tl.load(to_last + entry, mask=is_last, other=0)
+        tl.debug_barrier()  # several threads may have loaded what one stores
         tl.store(to_last + entry, linked + to_weight * gate * interpolation, mask=is_last)
     column = tl.arange(0, COLUMNS)
     tl.store(to_values + WIDTH + column, to_word, mask=column < WIDTH)

@@ -8,7 +8,7 @@ Constants stand on the right of tensors: where the interpreter finds one on the 
 result for a constant too.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import inspect

@@ -4,7 +4,7 @@ A position and how good it is are one whole number, a *key*; no two are equal. K
 are not negative.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl

@@ -3,7 +3,7 @@
 A program has one head of one element of the batch; of a long search, a part of the rows.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl
@@ -58,6 +58,7 @@ def search_kernel(
         norm = tl.load(norms + at, mask=inside, other=0)
         grade = grade_of_score(tl.sum(row * query[None, :], 1) * norm, GRID, ROUNDING)
         best = keep_best(best, tl.where(inside, key_of(grade, at), LOWEST))
+    best = tl.where(best < 0, LOWEST, best)  # there were fewer
     place = tl.arange(0, NEIGHBOURS)
     keys += ((b * HEADS + head) * tl.num_programs(2) + part) * K
     tl.store(keys + place, best, mask=place < K)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from sparsemem.memory.store import EpisodeStore
 
 TILE = 4096  # numbers that a program works on at once
+SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
-PART_ROWS = 512  # that a program searches, at least, if a search is divided
+PART_ROWS = 256  # that a program searches, at least, if a search is divided
 PROGRAMS = 1024  # that fill a device
 ROUNDING = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
 
@@ -95,7 +96,7 @@ def device_step(
     sizes = Sizes(values.dtype, heads, inputs, width, top_k, links is not None)
     last = Entries(last.ids.contiguous(), last.weights.detach().contiguous())
     store.visible(heads + top_k)  # makes room
-    with torch.no_grad(), torch.cuda.device_of(values):
+    with torch.no_grad(), torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         written, write = write_step(sizes, store, values, last)
         keys = search_step(sizes, store, values, written)
         linked, weights_of = values.new_empty(0, dtype=torch.int64), values.new_empty(0)
@@ -128,7 +129,7 @@ def write_step(
     write_kernel[(batch,)](
         *memory, written, touched, values, *last, ids, weights, support, store.rows.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
-        SCAN=min(1024, padded(store.rows.shape[1])), BLOCK=block,
+        SCAN=SCAN, BLOCK=block,
         num_warps=max(4, warps_for(block * sizes.columns)),
     )  # fmt: skip
     store.touched, store.extent = touched, min(store.extent + heads, store.num_slots)
@@ -218,7 +219,7 @@ def device_backward(
     to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
     to_rows = torch.empty_like(rows)
     given = (values, last_weights, links, rows, weights, to_reads, to_weights)
-    with torch.cuda.device_of(values):
+    with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
         read_backward_kernel[(batch * heads,)](
             *given, to_rows, to_values, to_last, support,
             **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,

@@ -4,7 +4,7 @@ A program has one element of the batch. Entries written to the same row are adde
 of them, the only one that reads and stores the row: so there is no order to depend on.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import triton.language as tl
@@ -91,6 +91,7 @@ def add_words(
         earlier = tl.maximum(earlier, tl.max(before.to(tl.int32), 1))
     is_first = (id >= 0) & (earlier == 0)
     row = load_rows(rows, id, is_first & (erased == 0), WIDTH, COLUMNS) + added
+    tl.debug_barrier()  # several threads may have loaded what one stores
     store_rows(rows, id, is_first, row, WIDTH, COLUMNS)
     tl.store(norms + id, inverse_norm(row, 1), mask=is_first)
 

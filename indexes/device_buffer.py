@@ -1,0 +1,148 @@
+"""Changed rows beside an index on a device, kept so that telling of a change waits for nothing."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparsemem.indexes.base import MISSING
+from sparsemem.indexes.exact import SPARE, likely_bounds
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
+
+FIRST_CAPACITY = 1_024
+SCANNED_NUMBERS = 2**25  # bounds taken at once
+
+
+class DeviceBuffer:
+    """Rows of a table that an index does not know as they are now.
+
+    A log: a change appends its rows, packed, where the host has counted up to, so that it need not
+    know which of them were there already. `place` points to a row's latest entry; the entries
+    before that are passed over, until `tidy` drops them, which waits for the device. So `count`
+    and `waiting` are bounds from above, exact after `tidy`. The first `strays` entries have been
+    looked at and stay; a row that changes again waits again, behind all others.
+
+    What changes anything is called under the table's write lock, the rest under its read lock.
+    """
+
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
+        device = table.rows.device
+        self.count = self.strays = 0
+        self.settled = 0  # rows in it when it was last tidy
+        self.marked = 0  # rows so far, as often as they changed
+        self.version = 0  # of the entries' order
+        # By row: one more than the place of its latest entry; 0: it has none.
+        self.place = torch.zeros(table.num_rows, dtype=torch.int32, device=device)
+        self._ids = torch.empty(FIRST_CAPACITY, dtype=torch.int64, device=device)
+        self._rows = torch.empty(FIRST_CAPACITY, table.width, dtype=table.dtype, device=device)
+
+    @property
+    def waiting(self) -> int:
+        """Entries to be looked at."""
+        return self.count - self.strays
+
+    def holds(self, ids: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
+        """Which of the rows are here."""
+        return self.place[ids] > 0
+
+    def mark(self, ids: Int[Tensor, " n"]) -> None:
+        """Rows have changed. (Those that are not live are passed over.)"""
+        end = self.count + len(ids)
+        if end > len(self._ids):
+            self.tidy()
+            self._reserve(self.count + len(ids))
+            end = self.count + len(ids)
+        self._ids[self.count : end] = ids
+        self._rows[self.count : end] = self.table.take(ids)
+        latest = torch.arange(self.count + 1, end + 1, dtype=torch.int32, device=ids.device)
+        self.place.scatter_reduce_(0, ids, latest, "amax")  # of a row told twice, the last
+        self.count = end
+        self.marked += len(ids)
+
+    def drop(self, ids: Int[Tensor, " n"]) -> None:
+        """Rows leave, where they are here."""
+        self.place.index_fill_(0, ids, 0)
+
+    def tidy(self) -> None:
+        """Keep every row's latest entry alone. Waits for the device, twice."""
+        kept = self._latest(self.count).nonzero().squeeze(1)
+        self._keep(kept, int((kept < self.strays).sum()))
+
+    def counts(self) -> tuple[int, int]:
+        """Rows that are here, exactly, and how many of them are strays. Waits for the device."""
+        latest = self._latest(self.count)
+        rows, strays = torch.stack([latest.sum(), latest[: self.strays].sum()]).tolist()
+        return rows, strays
+
+    def longest(self, count: int) -> Int[Tensor, " n"]:
+        """The ids of the `count` rows that have waited longest, or of all; of a tidy buffer."""
+        return self._ids[self.strays : self.count][:count].clone()
+
+    def unchanged(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which of the `longest` are as they were, if the `version` still is the same."""
+        latest = self.place[ids] == torch.arange(len(ids), device=ids.device) + self.strays + 1
+        return latest & self.table.is_live(ids)
+
+    def rest(self, ids: Int[Tensor, " n"]) -> None:
+        """Rows that wait need not be looked at again until they change."""
+        latest = self._latest(self.count)
+        stays = torch.zeros_like(latest)
+        stays[: self.strays] = True
+        stays[self.place[ids].long() - 1] = True
+        order = (latest & stays).nonzero().squeeze(1)
+        self._keep(torch.cat([order, (latest & ~stays).nonzero().squeeze(1)]), len(order))
+
+    def best(
+        self, metric: Metric, queries: Float[Tensor, "Q W"], k: int
+    ) -> tuple[Int[Tensor, "Q C"], Float[Tensor, " Q"]]:
+        """Rows that are among the best of the buffer, id -1 after them; and a bound of the others.
+
+        No other row is worth more than that. Once the k-th best of these is known to be worth
+        more, nothing is missing.
+        """
+        if not self.count:
+            ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+            return ids, queries.new_full((len(queries),), -torch.inf)
+        latest, rows = self._latest(self.count), self._rows[: self.count]
+        tops = []
+        for some in torch.split(queries, max(1, SCANNED_NUMBERS // self.count)):
+            bounds, certain = likely_bounds(metric, some, rows)
+            bounds.masked_fill_(~certain, torch.inf).masked_fill_(~latest, -torch.inf)
+            tops.append(bounds.topk(min(k + SPARE, self.count), 1))
+        bounds, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
+        ids = self._ids[places].masked_fill(bounds == -torch.inf, MISSING)
+        beyond = bounds[:, -1]
+        return ids, beyond if bounds.shape[1] < self.count else torch.full_like(beyond, -torch.inf)
+
+    def num_bytes(self) -> int:
+        """Memory of the entries and of the places."""
+        return int(self._rows.nbytes + self._ids.nbytes + self.place.nbytes)
+
+    def _latest(self, count: int) -> Bool[Tensor, " n"]:
+        """Which of the first entries are the latest of a live row."""
+        ids = self._ids[:count]
+        places = torch.arange(1, count + 1, dtype=torch.int32, device=ids.device)
+        return (self.place[ids] == places) & self.table.is_live(ids)
+
+    def _keep(self, order: Int[Tensor, " n"], strays: int) -> None:
+        """Keep these entries, in this order."""
+        ids, rows = self._ids[order], self._rows[order]  # nothing has changed if there is no room
+        places = torch.arange(1, len(ids) + 1, dtype=torch.int32, device=ids.device)
+        self.place.index_fill_(0, self._ids[: self.count], 0)
+        self.place.index_copy_(0, ids, places)
+        self._ids[: len(ids)], self._rows[: len(ids)] = ids, rows
+        self.count = self.settled = len(ids)
+        self.strays = strays
+        self.version += 1
+
+    def _reserve(self, count: int) -> None:
+        """Room for so many entries and as many more, so that it is seldom asked for."""
+        if 2 * count <= len(self._ids):
+            return
+        ids = self._ids.new_empty(2 * count)
+        rows = self._rows.new_empty(2 * count, self.table.width)
+        ids[: self.count], rows[: self.count] = self._ids[: self.count], self._rows[: self.count]
+        self._ids, self._rows = ids, rows

@@ -1,0 +1,270 @@
+"""The kernels of the exact search on a GPU: scan tiles of rows, merge lists, score rows themselves.
+
+A *key* is a worth (a score in the direction in which more is better) and a number in one int64:
+the greater key has the greater worth, or the same worth and the smaller number. So the order of
+keys is "best first, ties by number", no two keys are equal, and to rank is to take maxima.
+
+`device_scan` launches these kernels and says what they are for.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(-(2**63))  # below the key of any row
+LAST = tl.constexpr(2**31 - 1)  # the greatest number that a key holds
+WORST = tl.constexpr(-3.4028234663852886e38)  # of a live row whose score is not a number
+LEAST_SCALE = tl.constexpr(2.0**-20)
+EPSILON = tl.constexpr(1e-6)  # COSINE_EPSILON
+
+
+def kernel(function: Any = None, **options: Any) -> Any:
+    """Decorator of Triton's functions; options as of triton.jit."""
+    if function is None:
+        return partial(kernel, **options)
+    return triton.jit(inspect.unwrap(function), **options)  # without a type checker's wrapper
+
+
+@kernel
+def keys_of(worth, numbers):
+    """int64 keys of float32 worths, -inf for what is not there, and numbers 0 .. 2^31 - 1."""
+    worth = tl.where(worth == 0.0, 0.0, worth)  # no negative zero
+    bits = worth.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & LAST)  # integers in the order of the floats
+    keys = (ordered.to(tl.int64) << 32) | (numbers ^ LAST).to(tl.int64)
+    return tl.where(worth == float("-inf"), NOTHING, keys)
+
+
+@kernel
+def worth_of(keys):
+    """The worths in keys; -inf where there is nothing, or no number."""
+    ordered = (keys >> 32).to(tl.int32)
+    worth = (ordered ^ ((ordered >> 31) & LAST)).to(tl.float32, bitcast=True)
+    return tl.where((keys == NOTHING) | (worth <= WORST), float("-inf"), worth)
+
+
+@kernel
+def numbers_of(keys):
+    """The numbers in keys; -1 where there is nothing."""
+    return tl.where(keys == NOTHING, -1, (keys & LAST) ^ LAST)
+
+
+@kernel
+def halves(values):
+    """A float32's 11 leading bits, which are all that a tf32 product takes of it, and the rest."""
+    leading = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return leading, values - leading
+
+
+@kernel
+def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
+    """rows [ROWS, w] . queries [w, Q], summed in float32: `device_scan` has the error.
+
+    Rows in float32 (`wide`) are split in two, as their queries are; queries of other rows in two
+    or three. Turned, the queries are what stays in registers: cheaper for many of them.
+    """
+    if PRODUCT == "float32":
+        high, low = halves(wide)
+        query_high, query_low = halves(queries)
+        sums = tl.dot(high, query_low, input_precision="tf32")
+        sums = tl.dot(low, query_high, sums, input_precision="tf32")
+        sums = tl.dot(high, query_high, sums, input_precision="tf32")
+    else:
+        if TURNED:
+            queries = tl.trans(queries)
+        first = queries.to(rows.dtype)
+        rest = queries - first.to(tl.float32)
+        second = rest.to(rows.dtype)
+        third = (rest - second.to(tl.float32)).to(rows.dtype)
+        if TURNED:
+            turned = tl.trans(rows)
+            sums = tl.dot(second, turned)
+            if PRODUCT == "bfloat16":
+                sums = tl.dot(third, turned, sums)
+            sums = tl.trans(tl.dot(first, turned, sums))
+        else:
+            sums = tl.dot(rows, second)
+            if PRODUCT == "bfloat16":
+                sums = tl.dot(rows, third, sums)
+            sums = tl.dot(rows, first, sums)
+    return sums
+
+
+@kernel
+def queries_at(queries, center, start, count, WIDTH: tl.constexpr, PART: tl.constexpr,
+               QUERIES: tl.constexpr, CENTERED: tl.constexpr):  # fmt: skip
+    """Columns start.. of the queries less the center, as [PART, QUERIES]; zero beyond."""
+    w = start + tl.arange(0, PART)
+    q = tl.arange(0, QUERIES)
+    inside = (w < WIDTH)[:, None] & (q < count)[None, :]
+    values = tl.load(queries + q[None, :] * WIDTH + w[:, None], mask=inside, other=0.0)
+    if CENTERED:
+        middle = tl.load(center + w, mask=w < WIDTH, other=0.0)
+        values = tl.where(inside, values - middle[:, None], 0.0)
+    return values
+
+
+@kernel
+def float32_rows(part, center, start, WIDTH: tl.constexpr, PART: tl.constexpr,
+                 CENTERED: tl.constexpr):  # fmt: skip
+    """Columns start.. of rows in float32, less the center."""
+    wide = part.to(tl.float32)
+    if CENTERED:
+        w = start + tl.arange(0, PART)
+        wide = wide - tl.load(center + w, mask=w < WIDTH, other=0.0)[None, :]
+    return wide
+
+
+@kernel(do_not_specialize=["count", "extent", "tiles", "programs"])
+def scan_tiles(
+    rows, live, queries, center, best, heads, count, extent, tiles, programs,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    METRIC: tl.constexpr, PRODUCT: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The best worth in each tile, best [tiles, QUERIES]; each program's best key, heads [Q, P].
+
+    Program p scans the tiles p, p + P, p + 2 P, ... Worths are in units of a power of two for each
+    query, and for l2 halved and less a constant.
+    """
+    CENTERED: tl.constexpr = METRIC == "l2"
+    pid = tl.program_id(0)
+    r = tl.arange(0, ROWS)
+    w = tl.arange(0, PART)
+    q = tl.arange(0, QUERIES)
+    largest = tl.zeros([QUERIES], tl.float32)
+    for begin in tl.static_range(0, PARTS * PART, PART):
+        values = queries_at(queries, center, begin, count, WIDTH, PART, QUERIES, CENTERED)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = 1.0 / tl.maximum(exponent.to(tl.float32, bitcast=True), LEAST_SCALE)
+    only = queries_at(queries, center, 0, count, WIDTH, PART, QUERIES, CENTERED) * inverse[None, :]
+    marks = tl.load(live + pid * ROWS + r, mask=pid * ROWS + r < extent, other=0)
+    for tile in tl.range(pid, tiles, programs, num_stages=STAGES):
+        row = tile * ROWS + r
+        inside = row < extent
+        there = marks != 0
+        after = row + programs * ROWS  # marks come from memory a tile ahead
+        marks = tl.load(live + after, mask=after < extent, other=0)
+        places = rows + row.to(tl.int64)[:, None] * STRIDE + w[None, :]
+        if PARTS == 1:
+            part = tl.load(places, mask=inside[:, None] & (w < WIDTH)[None, :], other=0.0)
+            wide = float32_rows(part, center, 0, WIDTH, PART, CENTERED)
+            squares = tl.sum(wide * wide, 1)
+            sums = product(part, wide, only, PRODUCT, TURNED)
+        else:
+            squares = tl.zeros([ROWS], tl.float32)
+            sums = tl.zeros([ROWS, QUERIES], tl.float32)
+            for start in tl.range(0, PARTS * PART, PART):
+                present = inside[:, None] & (start + w < WIDTH)[None, :]
+                part = tl.load(places + start, mask=present, other=0.0)
+                wide = float32_rows(part, center, start, WIDTH, PART, CENTERED)
+                squares += tl.sum(wide * wide, 1)
+                some = queries_at(queries, center, start, count, WIDTH, PART, QUERIES, CENTERED)
+                sums += product(part, wide, some * inverse[None, :], PRODUCT, TURNED)
+        # What is not live becomes not a number, which maxima pass over.
+        if METRIC == "l2":
+            lengths = tl.where(there, squares, float("nan"))
+            sums = sums - lengths[:, None] * (0.5 * inverse)[None, :]
+        elif METRIC == "cosine":
+            sums = sums * tl.where(there, tl.rsqrt(squares + EPSILON), float("nan"))[:, None]
+        else:
+            sums = sums + tl.where(there, 0.0, float("nan"))[:, None]
+        none = tl.where(tl.max(there.to(tl.int32), 0) > 0, WORST, float("-inf"))
+        worth = tl.max(sums, 0)
+        worth = tl.where(worth > WORST, worth, none)  # none, too, if there are no numbers
+        tl.store(best + tl.full([QUERIES], QUERIES, tl.int64) * tile + q, worth)
+    tl.debug_barrier()  # what other threads of the program have stored is read below
+    head = tl.full([QUERIES], NOTHING, tl.int64)
+    for several in range(pid, tiles, programs * AHEAD):
+        own = several + tl.arange(0, AHEAD) * programs
+        offsets = own.to(tl.int64)[:, None] * QUERIES + q[None, :]
+        again = tl.load(best + offsets, mask=(own < tiles)[:, None], other=float("-inf"))
+        head = tl.maximum(head, tl.max(keys_of(again, own[:, None]), 0))
+    tl.store(heads + q * programs + pid, head)
+
+
+@kernel(do_not_specialize=["count", "length", "members", "wanted", "query_stride", "member_stride"])
+def merge(
+    lists, heads, numbers, scores, count, length, members, wanted,
+    query_stride, list_stride, member_stride,
+    LISTS: tl.constexpr, MEMBERS: tl.constexpr, KEYED: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` greatest keys of a query's lists, in order, given the greatest of each list.
+
+    Not keyed: the lists hold worths, list l those of the numbers l, l + count, ... below `length`.
+    Keyed: they hold `length` keys each, and scores are stored too.
+    """
+    query = tl.program_id(0)
+    g = tl.arange(0, LISTS)
+    front = tl.load(heads + query * count + g, mask=g < count, other=NOTHING)
+    for place in range(wanted):
+        key = tl.max(front, 0)
+        tl.store(numbers + query * wanted + place, numbers_of(key))
+        if KEYED:
+            tl.store(scores + query * wanted + place, worth_of(key) * SIGN)
+        source = tl.max(tl.where((front == key) & (g < count), g, 0), 0)
+        base = lists + query.to(tl.int64) * query_stride + source.to(tl.int64) * list_stride
+        following = tl.max(tl.full([MEMBERS], NOTHING, tl.int64), 0)
+        for start in range(0, members, MEMBERS):
+            i = start + tl.arange(0, MEMBERS)
+            if KEYED:
+                keys = tl.load(base + i, mask=i < length, other=NOTHING)
+            else:
+                number = source + i * count
+                offsets = i.to(tl.int64) * member_stride
+                worth = tl.load(base + offsets, mask=number < length, other=float("-inf"))
+                keys = keys_of(worth, number)
+            following = tl.maximum(following, tl.max(tl.where(keys < key, keys, NOTHING), 0))
+        front = tl.where(g == source, following, front)
+
+
+@kernel(do_not_specialize=["extent", "wanted"])
+def score_tiles(
+    rows, live, queries, tiles, keys, heads, extent, wanted,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, METRIC: tl.constexpr,
+):  # fmt: skip
+    """The key of each row of a query's tiles, as `Metric.scores` has it; and each tile's greatest.
+
+    Row by row, so that equal rows have equal scores wherever they stand.
+    """
+    query = tl.program_id(0)
+    place = query * wanted + tl.program_id(1)
+    tile = tl.load(tiles + place)
+    r = tl.arange(0, ROWS)
+    row = tile * ROWS + r
+    inside = (row >= 0) & (row < extent)
+    there = tl.load(live + row, mask=inside, other=0) != 0
+    dots = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    length = tl.zeros([1], tl.float32)
+    for start in tl.static_range(0, PARTS * PART, PART):
+        w = start + tl.arange(0, PART)
+        present = inside[:, None] & (w < WIDTH)[None, :]
+        part = tl.load(rows + row[:, None] * STRIDE + w[None, :], mask=present, other=0.0)
+        wide = part.to(tl.float32)
+        own = tl.load(queries + query * WIDTH + w, mask=w < WIDTH, other=0.0)
+        if METRIC == "l2":
+            wide = wide - own[None, :]
+        else:
+            dots += tl.sum(wide * own[None, :], 1)
+        if METRIC != "ip":
+            squares += tl.sum(wide * wide, 1)
+        length += tl.sum(own * own, 0)
+    if METRIC == "l2":
+        worth = -squares
+    elif METRIC == "cosine":
+        worth = dots * tl.rsqrt(squares + EPSILON) * tl.rsqrt(length + EPSILON)
+    else:
+        worth = dots
+    worth = tl.where(worth > WORST, worth, WORST)  # false for what is not a number
+    found = keys_of(tl.where(there, worth, float("-inf")), row)
+    tl.store(keys + place.to(tl.int64) * ROWS + r, found)
+    tl.store(heads + place, tl.max(found, 0))

@@ -1,0 +1,483 @@
+"""Indices kept on the device of their rows: with FAISS on a CPU in the place of FAISS GPU, or it.
+
+That nothing stale surfaces and nothing fresh is missed is in test_contract.py as well.
+"""
+
+import contextlib
+import threading
+import types
+import warnings
+from random import Random
+
+import pytest
+import torch
+
+from sparsemem.indexes import device_faiss
+from sparsemem.indexes.derived import Derived
+from sparsemem.indexes.device_derived import DeviceDerived
+from sparsemem.indexes.device_faiss import ENGINES, Engine, GpuEngine, engine_for, is_served
+from sparsemem.indexes.exact import ExactIndex
+from sparsemem.indexes.factory import make_index
+from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.recall import recall
+from sparsemem.indexes.table import RowTable
+from tests.oracles.device_kind import on_device
+from tests.oracles.fresh_index import K, N, W, clustered, wait_for
+from tests.oracles.synchronisations import Synchronisations
+
+faiss = pytest.importorskip("faiss")
+pytestmark = pytest.mark.usefixtures("told")
+LISTS = "IVF16,Flat"
+NAMES = [LISTS, "IVF16,SQ8", "Flat"]
+
+
+@pytest.fixture(autouse=True)
+def _engine(request):
+    """On a CPU, FAISS on a CPU is taken; on a GPU it has to be FAISS GPU."""
+    if "cuda" in request.node.name and not GpuEngine.there():
+        pytest.skip("needs FAISS GPU")
+    with on_device():
+        yield
+
+
+def make(device, name=LISTS, rows=None, metric=Metric.cosine, **options):
+    rows = (clustered() if rows is None else rows).to(device, copy=True)
+    table = RowTable(rows, torch.ones(len(rows), dtype=torch.bool, device=device))
+    options = {"background": False, "exact_below": 50, "min_recall": None, **options}
+    return make_index(name, table, metric, **options)
+
+
+def ids_of(start, stop, device):
+    return torch.arange(start, stop, device=device)
+
+
+def first(index, queries) -> list[int]:
+    return index.search(queries.to(index.table.rows.device), 1).ids.flatten().tolist()
+
+
+def agreement(index, queries, k=K) -> float:
+    queries = queries.to(index.table.rows.device)
+    truth = ExactIndex(index.table, index.metric).search(queries, k)
+    return recall(index.search(queries, k), truth, index.metric)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "IVF16,SQfp16", "IVF4,PQ4np"])
+def test_everything_is_on_the_device_and_near_the_truth(name, device):
+    index = make(device, name, rows=clustered(3000), min_recall=0.9)
+    current = index.current
+    assert isinstance(current, DeviceDerived)
+    assert current.entries == 3000
+    assert {current.label_of.device.type, current.row_of.device.type} == {device.type}
+    stats = index.stats()
+    assert not stats["exact"]
+    assert stats["error"] is None
+    assert stats["imbalance"] >= 1
+    assert stats["bytes"] > 3000 * 8
+    index.search(clustered(150, seed=1).to(device), K)  # it is tuned for queries like these
+    assert agreement(index, clustered(60, seed=1)) >= 0.9
+    assert index.search(clustered(3).to(device), K).ids.device.type == device.type
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_row_is_found_before_and_after_it_is_absorbed(name, device):
+    index = make(device, name, buffer_rows=20)
+    far = (10 * torch.eye(W)[:4] - 3).to(device)
+    index.update(ids_of(0, 4, device), far)
+    assert index.stats()["buffered"] == 4
+    assert first(index, far) == [0, 1, 2, 3]
+    for start in range(100, 400, 10):
+        rows = clustered(10, seed=start).to(device)
+        index.update(ids_of(start, start + 10, device), rows)
+        assert first(index, rows) == list(range(start, start + 10))
+    stats = index.stats()
+    assert stats["buffered"] - stats["strays"] <= 20
+    assert index.current.entries > N
+    assert first(index, far) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_rows_are_not_found_again(name, device):
+    index = make(device, name, buffer_rows=5)
+    index.upkeep._failed_after = 10**9  # no rebuild: the entries stay
+    rows = index.table.rows.clone()
+    index.update(ids_of(0, 20, device), rows[:20])
+    index.remove(ids_of(10, 60, device))
+    found = index.search(rows[:80], 20).ids
+    assert not set(range(10, 60)) & set(found.flatten().tolist())
+    assert agreement(index, rows[:80].cpu()) > 0.9
+    index.update(ids_of(10, 12, device), rows[10:12])
+    assert first(index, rows[10:12]) == [10, 11]
+
+
+def test_where_stale_entries_hide_too_much_a_scan_finds_the_rest(device, monkeypatch):
+    monkeypatch.setattr("sparsemem.indexes.device_derived.MOST", 64)
+    rows = clustered(4000)
+    index = make(device, "Flat", rows=rows, exact_below=1)
+    index.upkeep._failed_after = 10**9
+    near = index.search(rows[:1].to(device), 1500).ids[0, :1400]
+    scans = index.stats()["scans"]
+    index.remove(near)
+    assert agreement(index, rows[:1]) == 1.0
+    assert index.stats()["scans"] == scans + 1
+
+
+def test_buffered_rows_that_are_better_than_what_is_hidden_need_no_scan(device):
+    rows = clustered(2000)
+    index = make(device, "Flat", rows=rows, buffer_rows=1000)
+    hot = index.search(rows[:1].to(device), 200).ids[0]
+    index.update(hot, index.table.rows[hot])  # their old entries are no longer valid
+    assert agreement(index, rows[:1]) == 1.0
+    assert index.stats()["scans"] == 0
+
+
+def test_more_than_faiss_can_give_is_scanned(device):
+    index = make(device, rows=clustered(2500))
+    assert agreement(index, clustered(2, seed=1), 2300) == 1.0
+    assert index.stats()["scans"] == 1
+
+
+def test_a_larger_k_than_there_are_rows(device):
+    index = make(device)
+    found = index.search(clustered(2, seed=1).to(device), N + 3)
+    assert (found.ids[:, :N].sort(1).values == torch.arange(N, device=device)).all()
+    assert (found.ids[:, N:] == -1).all()
+
+
+def test_stale_entries_call_for_new_lists(device):
+    index = make(device, buffer_rows=10)
+    for start in range(0, 300, 50):
+        index.update(ids_of(start, start + 50, device), clustered(50, seed=start).to(device))
+    assert index.stats()["rebuilds"] == 2
+    assert index.current.entries < N + 200
+    for start in range(0, 300, 50):
+        assert first(index, clustered(50, seed=start)) == list(range(start, start + 50))
+
+
+def test_rows_that_change_all_the_time_stay_in_the_buffer(device):
+    index = make(device, buffer_rows=50)
+    for step in range(60):
+        rows = clustered(10, seed=step).to(device)
+        index.update(ids_of(0, 10, device), rows)
+    assert index.current.entries == N
+    assert index.stats()["buffered"] == 10
+    assert first(index, rows) == list(range(10))
+
+
+def tight(count: int, seed: int) -> torch.Tensor:
+    """Rows close to sixteen of the corners of a cube."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4).repeat(1, W // 4)
+    noise = 0.05 * torch.randn(count, W, generator=generator)
+    return corners[torch.randint(16, (count,), generator=generator)] + noise
+
+
+def test_rows_far_from_all_lists_stay_until_the_lists_are_trained_anew(device):
+    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8)
+    far = torch.eye(W)[:4] - torch.eye(W)[4:]  # as far from all corners as can be
+    index.update(ids_of(0, 4, device), far.to(device))
+    index.update(ids_of(4, 24, device), tight(20, 2).to(device))
+    stats = index.stats()
+    assert stats["strays"] == 4
+    assert stats["buffered"] <= 12
+    index.current.setting = index.current.setting._replace(effort=1)  # found all the same
+    assert first(index, far) == list(range(4))
+    index.update(ids_of(0, 2, device), tight(2, 3).to(device))  # come home
+    index.update(ids_of(24, 44, device), tight(20, 4).to(device))
+    assert index.stats()["strays"] == 2
+    index.remove(ids_of(3, 4, device))
+    assert first(index, far[3:]) != [3]
+    index.rebuild()
+    assert index.stats()["buffered"] == 0
+    assert first(index, far[2:3]) == [2]
+
+
+class Interrupted:
+    """A FAISS index that runs out of memory when half of what it is to add is in."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def add_with_ids_c(self, count, vectors, labels):
+        self.real.add_with_ids_c(count // 2, vectors, labels)
+        raise MemoryError("no room")
+
+
+def test_a_failing_call_leaves_the_truth_and_gives_no_label_twice(device, told):
+    index = make(device, buffer_rows=10)
+    engine, rows = index.current.engine, clustered()[200:230].to(device)
+    engine._index = Interrupted(engine._index)
+    with pytest.warns(UserWarning, match=r"upkeep of index 'IVF16,Flat': MemoryError\('no room'\)"):
+        index.update(ids_of(0, 30, device), rows)
+    assert index.stats()["buffered"] == 30
+    assert first(index, rows) == list(range(30))
+    engine._index = engine._index.real
+    index.update(ids_of(0, 5, device), rows[:5])
+    assert index.stats()["buffered"] <= 5
+    found = index.search(rows, 20).ids
+    assert found[:, 0].tolist() == list(range(30))
+    assert all(len(set(ids)) == 20 for ids in found.tolist())
+    told.clear()
+
+
+def test_changes_during_a_build_are_found_before_and_after_the_swap(device, monkeypatch):
+    index = make(device, background=True, exact_below=N + 1)
+    index.exact_below = 1
+    real, reached, go_on = DeviceDerived.build, threading.Event(), threading.Event()
+
+    def slow(self, stopped):
+        real(self, stopped)
+        reached.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(DeviceDerived, "build", slow)
+    index.upkeep._worker.wake()
+    assert reached.wait(20)
+    rows = clustered(30, seed=5).to(device)
+    index.update(ids_of(0, 30, device), rows)
+    index.remove(ids_of(30, 40, device))
+    assert first(index, rows) == list(range(30))
+    go_on.set()
+    wait_for(lambda: index.stats()["rebuilds"] == 1)
+    assert not index.stats()["exact"]
+    assert first(index, rows) == list(range(30))
+    seen = index.search(clustered(200, seed=6).to(device), 20).ids
+    assert not set(range(30, 40)) & set(seen.flatten().tolist())
+    index.close()
+
+
+def test_a_batch_that_another_thread_overtook_waits_on(device):
+    index = make(device, buffer_rows=1000)
+    rows = clustered()[100:130].to(device)
+    index.update(ids_of(0, 30, device), rows)
+    current = index.current
+    prepared = current.prepare(current.begin(20))
+    current.absorb(10)
+    current.finish(prepared)
+    assert current.entries == N + 10
+    assert index.stats()["buffered"] == 20
+    current.absorb(30)
+    assert current.entries == N + 30
+    assert first(index, rows) == list(range(30))  # and 100 .. 129: the lower ones come first
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_random_work_against_a_scan(metric, device):
+    random, index = Random(3), make(device, "IVF4,Flat", metric=metric, buffer_rows=30)
+    exact = ExactIndex(index.table, metric)
+    for step in range(40):
+        ids = torch.tensor(random.sample(range(N), 15), device=device)
+        rows = clustered(15, seed=step).to(device)
+        if step % 4 == 3:
+            index.remove(ids)
+        else:
+            index.update(ids, rows)
+        queries = clustered(20, seed=step + 100).to(device)
+        found, truth = index.search(queries, K), exact.search(queries, K)
+        assert index.table.live[found.ids].all()
+        assert recall(found, truth, metric) > 0.999  # all lists are probed
+        assert metric is Metric.ip or first(index, rows) == ids.tolist() or step % 4 == 3
+        own = metric.scores(queries, index.table.take(found.ids))
+        torch.testing.assert_close(found.scores, own, rtol=1e-6, atol=1e-6)
+
+
+def test_runs_are_alike():
+    device, results = "cpu", []
+    for _ in range(2):
+        index = make(device, buffer_rows=30, min_recall=0.9)
+        for start in range(0, 500, 50):
+            ids = ids_of(start, start + 50, device)
+            index.update(ids, clustered(50, seed=start).to(device))
+            found = index.search(clustered(30, seed=start + 1).to(device), K)
+        results.append((found, index.stats() | {"age": None}))
+    assert torch.equal(results[0][0].ids, results[1][0].ids)
+    assert torch.equal(results[0][0].scores, results[1][0].scores)
+    assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_are_scored_as_they_are(dtype, device):
+    index = make(device, rows=clustered().to(dtype))
+    queries = index.table.rows[:3].to(index.table.dtype)
+    found = index.search(queries, K)
+    assert found.scores.dtype == index.table.dtype
+    exact = ExactIndex(index.table, index.metric).search(queries, K)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found.scores, exact.scores, rtol=tolerance, atol=tolerance)
+
+
+def test_readers_side_by_side_beside_a_writer(device):
+    index = make(device, rows=clustered(2000), background=True, buffer_rows=40)
+    wait_for(lambda: index.current is not None)
+    errors, stop = [], threading.Event()
+    index.remove(ids_of(1000, 1100, device))
+
+    def read(seed):
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda" and seed % 2:  # with a stream of its own
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            while not stop.is_set():
+                queries = clustered(16, seed=seed).to(device)
+                ids = index.search(queries, K).ids.tolist()
+                if any(len(set(row)) < K or set(row) & set(range(1000, 1100)) for row in ids):
+                    errors.append(ids)
+                    return
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for step in range(20):
+        rows = clustered(20, seed=step).to(device)
+        index.update(ids_of(20 * step, 20 * step + 20, device), rows)
+        assert first(index, rows) == list(range(20 * step, 20 * step + 20))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert index.stats()["error"] is None
+    index.close()
+
+
+@contextlib.contextmanager
+def nothing_waits(device):
+    """Fails where an operation of torch has the host wait for the device."""
+    with Synchronisations() as waits, torch.no_grad():
+        before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(before)
+    assert waits.found == []
+
+
+def test_what_a_search_and_a_change_wait_for(device):
+    index = make(device, buffer_rows=500)
+    index.update(ids_of(0, 20, device), clustered(20, seed=1).to(device))
+    current, queries, ids = index.current, clustered(30, seed=2).to(device), ids_of(0, 20, device)
+    with nothing_waits(device):
+        current.found(queries, K)
+    with nothing_waits(device):
+        index.changed(ids)
+    with Synchronisations() as waits, torch.no_grad():
+        index._search(queries, K)
+    assert waits.found == ["_local_scalar_dense"]  # whether a query is to be scanned
+
+
+def test_what_faiss_has_on_gpus():
+    for name in ("Flat", "IVF4096,Flat", "IVF64,SQ8", "IVF64,SQfp16", "IVF64,PQ16", "IVF1,PQ8np"):
+        assert is_served(name)
+    for name in ("HNSW32", "LSH", "IVF64,PQ7", "IVF64,PQ16x4fs", "IVF64_HNSW32,Flat", "PCA4,Flat"):
+        assert not is_served(name)
+
+
+def test_what_is_searched_on_the_host_says_so_once(monkeypatch):
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    if not GpuEngine.there():
+        with pytest.warns(
+            UserWarning, match=r"'IVF4,Flat' of rows on cuda:0 is searched on the ho"
+        ):
+            assert engine_for("IVF4,Flat", gpu) is None
+    monkeypatch.setattr(GpuEngine, "there", staticmethod(lambda: True))
+    with pytest.warns(
+        UserWarning, match=r"'HNSW8' .* searched on the host: FAISS knows 'Flat' and"
+    ):
+        assert engine_for("HNSW8", gpu) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine_for("IVF4,Flat", gpu) is GpuEngine
+        monkeypatch.delitem(ENGINES, "cpu")
+        assert engine_for("HNSW8", cpu) is None
+        assert isinstance(make("cpu").current, Derived)
+
+
+class Resources:
+    """Stands for FAISS's resources of a GPU, and keeps what it is told."""
+
+    made: list = []  # noqa: RUF012
+
+    def __init__(self):
+        self.calls = []
+        Resources.made.append(self)
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+class Options:
+    use_cuvs = True
+
+
+@pytest.mark.parametrize("name", [*NAMES, "IVF16,PQ4np"])
+def test_how_faiss_gpu_is_called(name, monkeypatch):
+    """All but FAISS GPU itself."""
+    copies = []
+
+    def copied(resources, number, index, options):
+        assert not options.use_cuvs
+        assert options.indicesOptions == 3
+        copies.append((resources, number, faiss.clone_index(index)))
+        return copies[-1][2]
+
+    monkeypatch.setattr(Resources, "made", [])
+    for member, value in {
+        "StandardGpuResources": Resources,
+        "GpuClonerOptions": Options,
+        "INDICES_64_BIT": 3,
+        "index_cpu_to_gpu": copied,
+        "cast_integer_to_cudastream_t": lambda number: f"stream {number}",
+    }.items():
+        monkeypatch.setattr(faiss, member, value, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda number: stream)
+    rows = clustered(3000)
+    engine = GpuEngine(name, W, Metric.l2, torch.device("cpu"))
+    centroids = engine.train(rows)
+    (resources,) = Resources.made
+    assert resources.calls[:2] == [("setTempMemory", 2**28), ("setPinnedMemory", 0)]
+    assert ("setDefaultStream", 0, "stream 7") in resources.calls
+    assert len(copies) == (1 if name == "Flat" else 2)  # the one that is filled comes last
+    assert all(copy[:2] == (resources, 0) for copy in copies)
+    assert (centroids is None) == (name == "Flat")
+    engine.add(rows[:2000])
+    engine.add(rows[2000:])
+    assert (engine.next_label, copies[-1][2].ntotal) == (3000, 3000)
+    like = Engine(name, W, Metric.l2, torch.device("cpu"))
+    like.train(rows)
+    like.add(rows)
+    for mine, theirs in zip(engine.search(rows, 5, 4), like.search(rows, 5, 4), strict=True):
+        assert torch.equal(mine, theirs)
+    assert engine.num_bytes() == like.num_bytes() + device_faiss.TEMPORARY_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["IVF256,Flat", "IVF256,SQ8"])
+def test_recall_of_many_rows_on_cuda(name):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    centres = torch.randn(1000, 32, generator=generator, device="cuda")
+
+    def some(count):
+        which = torch.randint(1000, (count,), generator=generator, device="cuda")
+        return centres[which] + 0.3 * torch.randn(count, 32, generator=generator, device="cuda")
+
+    index = make("cuda", name, rows=some(100_000), exact_below=1, min_recall=0.95)
+    for _ in range(4):
+        index.search(some(256), 8)
+    assert not index.stats()["exact"]
+    assert agreement(index, some(500), 8) >= 0.95
+    ids, rows = torch.randperm(100_000, device="cuda")[:30_000], some(30_000)
+    for part, new in zip(ids.split(5000), rows.split(5000), strict=True):
+        index.update(part, new)
+    assert index.current.entries > 100_000
+    assert torch.equal(index.search(rows[::10], 1).ids.flatten(), ids[::10])
+    index.remove(ids[:1000])
+    assert not torch.isin(index.search(rows[:1000], 8).ids, ids[:1000]).any()
+    assert agreement(index, some(500), 8) >= 0.95
+    assert index.stats()["error"] is None

@@ -1,0 +1,60 @@
+"""Which tensors Triton's kernels work on."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsemem.indexes import triton_switch
+from sparsemem.indexes.triton_switch import SWITCH, use_triton
+
+CPU = torch.zeros(1)
+
+
+@pytest.fixture
+def cuda():
+    """A tensor that says it is on a GPU."""
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda:0")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(False): there is no Triton."""
+
+    def choose(there, interprets=True):
+        monkeypatch.setattr(triton_switch, "has_triton", lambda: there)
+        monkeypatch.setattr(triton_switch, "interprets", lambda: there and interprets)
+
+    choose(True)
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("choice", "on_cpu", "on_cuda"),
+    [("auto", False, True), ("reference", False, False), ("triton", True, True)],
+)
+def test_by_device_and_choice(choice, on_cpu, on_cuda, cuda, installed, monkeypatch):
+    monkeypatch.setenv(SWITCH, choice)
+    assert use_triton(CPU) is on_cpu
+    assert use_triton(cuda) is on_cuda
+    assert use_triton(torch.zeros(1, device="meta")) is False
+
+
+def test_without_triton_there_are_none(cuda, installed, monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+    installed(False)
+    assert use_triton(cuda) is False
+    assert use_triton(CPU) is False
+
+
+def test_on_the_cpu_it_has_to_interpret(installed, monkeypatch):
+    monkeypatch.setenv(SWITCH, "triton")
+    installed(True, interprets=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 in the environment before"):
+        use_triton(CPU)
+
+
+def test_another_choice_is_refused(monkeypatch):
+    monkeypatch.setenv(SWITCH, "numba")
+    with pytest.raises(ValueError, match="SPARSEMEM_KERNELS is 'numba', expected one of auto, ref"):
+        use_triton(CPU)
