@@ -22,11 +22,12 @@ from sparsemem.bank.arguments import (
     check_tags,
     check_ttl,
 )
-from sparsemem.bank.bank import Hit
 from sparsemem.bank.book import NO_TAG
 from sparsemem.bank.errors import write_errors
 from sparsemem.bank.folder import check_new_place
-from sparsemem.bank.rows import by_row, own, row_sparse
+from sparsemem.bank.gradients import by_row, row_sparse
+from sparsemem.bank.reading import Hit
+from sparsemem.bank.rows import own
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.home import Manifest, read_manifest, write_manifest
 from sparsemem.distributed.merging import assembled, chosen, merged
@@ -289,7 +290,8 @@ class ShardedBank(nn.Module):
         time = self.clock if since is None else since
         parts = self.placement.split(ids)
         answers = self.shards.ask("trainable_of", [(part.local, time) for part in parts])
-        return assembled(parts, answers, len(ids))
+        result: Tensor = assembled(parts, answers, len(ids))
+        return result
 
     def gradient(self, ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
         """Of a table, from that of its rows [*S, W]: an entry for each trainable row read."""
@@ -326,7 +328,8 @@ class ShardedBank(nn.Module):
 
     def _fetched(self, parts: list[ShardFound], ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows and values of the rows that are left of what the shards found."""
-        owner, tables = self.placement.owner(ids), []
+        owner = self.placement.owner(ids)
+        tables: list[Tensor] = []
         local = self.placement.local(ids)
         for name in ("rows", "values"):
             each = [getattr(part, name) for part in parts]

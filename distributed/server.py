@@ -57,7 +57,7 @@ class ShardServer:
         """Do what a client asks for, or repeat what it was told."""
         check_known("operation", call.operation, CHANGES + LOOKS)
         if call.operation == "mark":
-            self._marks.append(call.arguments)  # type: ignore[arg-type]
+            self._marks.append(call.arguments)
         if call.operation in LOOKS:
             return getattr(self.bank, call.operation)(*call.arguments)
         known = self._answers.get(call.client)

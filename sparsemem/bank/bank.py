@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,7 @@ from sparsemem.checks import check_at_most, check_size, nearest
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
 POLICIES = ("tf-idf",)
+OwnKind = TypeVar("OwnKind", bound="MemoryBank")
 WHOLE = "their rows are all pairs of sub-keys and cannot be written, but write(ids, values=...) can"
 
 
@@ -131,12 +132,12 @@ class MemoryBank(RowStore):
 
     @classmethod
     def load(
-        cls,
+        cls: type[OwnKind],
         path: str | Path,
         *,
         storage: str | Path = RAM,
         device: torch.device | str | None = None,
-    ) -> MemoryBank:
+    ) -> OwnKind:
         """The bank of a folder: a durable one goes on in it, a snapshot leaves it alone.
 
         `storage` and `device` as in the constructor. Every byte is checked; BankError names the

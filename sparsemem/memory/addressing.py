@@ -201,7 +201,7 @@ class ProductsBefore(torch.autograd.Function):
         """
         ordered, products = ctx.saved_tensors
         behind = (gradient * products).flip(-1).cumsum(-1).flip(-1).roll(-1, -1)
-        of_ordered = (behind / ordered).masked_fill_(ordered == 0, 0)
+        of_ordered: Tensor = (behind / ordered).masked_fill_(ordered == 0, 0)
         of_ordered[..., -1].zero_()
         without = F.pad(ordered[..., 1:], (1, 0), value=1.0).cumprod(-1)[..., :-1]
         of_ordered[..., 0] = torch.linalg.vecdot(gradient[..., 1:], without)

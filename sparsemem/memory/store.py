@@ -46,8 +46,9 @@ class EpisodeStore:
         self.version = 0
         self.index_after = index_after
         # On a device a search is a scan at any length.
-        indexed = index_after is not None and not devices.is_device(rows)
-        self.sealed = SealedRows(batch_size, width, index_after) if indexed else None
+        self.sealed: SealedRows | None = None
+        if index_after is not None and not devices.is_device(rows):
+            self.sealed = SealedRows(batch_size, width, index_after)
         self._spare: list[Tensor] = []  # gradient buffers, all zero
 
     @property
