@@ -26,7 +26,8 @@ from sparsemem.bank.folder import check_new_place, create_folder, load_bank, sav
 from sparsemem.bank.gradients import drop_blanks
 from sparsemem.bank.reading import Hit, check_read, find
 from sparsemem.bank.rows import gather, gather_pairs, new_storage
-from sparsemem.bank.store import RAM, RowStore
+from sparsemem.bank.store import RowStore
+from sparsemem.bank.tables import RAM
 from sparsemem.checks import check_at_most, check_size, nearest
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 

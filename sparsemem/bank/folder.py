@@ -27,7 +27,8 @@ from sparsemem.bank.manifest import MANIFEST, Arguments, Manifest, encode_manife
 from sparsemem.bank.recovery import Bank, Tail, claim, log_path, open_folder, read_bank
 from sparsemem.bank.saving import start_manifest, write_files, write_new
 from sparsemem.bank.shards import SHARD_ROWS, Layout
-from sparsemem.bank.store import RAM, RowStore
+from sparsemem.bank.store import RowStore
+from sparsemem.bank.tables import RAM
 from sparsemem.files import new_folder, replace_file
 
 _OURS = re.compile(r"(rows|usage|keys)-[0-9-]+\.safetensors|log-\d+|\.manifest\.json\.part")

@@ -19,7 +19,7 @@ from sparsemem.bank.errors import BankError, write_errors
 from sparsemem.bank.folder import check_new_place, create_folder
 from sparsemem.bank.manifest import Arguments
 from sparsemem.bank.recovery import open_folder, read_bank
-from sparsemem.bank.store import RAM
+from sparsemem.bank.tables import RAM
 from sparsemem.checks import check_size
 from sparsemem.files import new_file
 from sparsemem.indexes.base import check_ids
