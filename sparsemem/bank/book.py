@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from sparsemem.bank.devices import on_device
 from sparsemem.bank.rows import zeros
+from sparsemem.devices import is_device
 
 FOREVER = 0  # as an expiry: the row has no time to live
 NO_TAG = 0
@@ -80,7 +80,7 @@ class RowBook(nn.Module):
         On a device an id of -1 is no row.
         """
         with self._lock:
-            if on_device(ids):  # what is no row is a look at row 0 that leaves it as it is
+            if is_device(ids):  # what is no row is a look at row 0 that leaves it as it is
                 found = ids >= 0
                 ids, count = ids.clamp(min=0), found.to(self.accesses.dtype)
                 self.last_access.scatter_reduce_(0, ids, count * self.now, "amax")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparsemem.bank.devices import on_device
+from sparsemem.devices import is_device
 from sparsemem.indexes.triton_switch import use_triton
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def sparse_gradient(ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
     book, all_there = ctx.bank.book, _all_there(ctx)
     if not all_there or book.num_frozen or book.selection is not None:
         kept = ctx.bank.is_trainable(flat, ctx.time)
-        if all_there and on_device(flat):
+        if all_there and is_device(flat):
             values = values.masked_fill(~kept.unsqueeze(1), 0)
         elif not kept.all():
             flat, values = flat[kept], values[kept]
@@ -102,6 +102,6 @@ def drop_blanks(bank: RowStore) -> None:
     """
     for table in bank.tables:
         gradient = table.grad
-        if gradient is not None and gradient.is_sparse and on_device(gradient):
+        if gradient is not None and gradient.is_sparse and is_device(gradient):
             able = bank.is_trainable(gradient._indices()[0])
             table.grad = entries(gradient, able | gradient._values().ne(0).any(1))

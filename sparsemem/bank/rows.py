@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sparsemem.bank.devices import on_device
 from sparsemem.bank.gradients import remember, sparse_gradient
+from sparsemem.devices import is_device
 from sparsemem.indexes.base import Found
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def taken(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [*S, W] as `dtype`; zeros where the id is -1."""
     flat = ids.flatten()
     missing = flat < 0
-    if on_device(ids) or missing.any():
+    if is_device(ids) or missing.any():
         rows = table.index_select(0, flat.clamp(min=0)).to(dtype)
         rows.masked_fill_(missing.unsqueeze(1), 0)
     else:
@@ -173,7 +173,7 @@ class ScoredRows(torch.autograd.Function):
         of_queries = None
         if by_score is not None:
             missing = ids < 0
-            if on_device(ids) or missing.any():  # their scores are constant, and infinite
+            if is_device(ids) or missing.any():  # their scores are constant, and infinite
                 by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
             of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
             gradient = of_rows if gradient is None else of_rows.add_(gradient)

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.bank.book import FOREVER
-from sparsemem.bank.devices import on_device
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.gradients import drop_blanks, drop_gradients
 from sparsemem.bank.journal import Kind
 from sparsemem.bank.tables import BoundTables, Listener
+from sparsemem.devices import is_device
 
 
 class RowStore(BoundTables):
@@ -39,7 +39,7 @@ class RowStore(BoundTables):
             if not self._untold:
                 self.note_version()
             live = ids
-            if not (self.scans and on_device(ids)):  # or the index does nothing with them
+            if not (self.scans and is_device(ids)):  # or the index does nothing with them
                 live = ids[self.book.live.index_select(0, ids)]
             self.index.changed(live)
         if self.journal is not None:
@@ -144,7 +144,7 @@ class RowStore(BoundTables):
 
     def _accessed(self, ids: Tensor) -> None:
         found = ids.flatten()
-        if not on_device(found):
+        if not is_device(found):
             found = found[found >= 0]
         self.book.accessed(found)
         self._selection.accessed(found)

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsemem.bank.bank import MemoryBank
-from sparsemem.bank.devices import on_device
 from sparsemem.bank.reading import Hit, read_sum
 from sparsemem.checks import (
     check_at_most,
@@ -24,6 +23,7 @@ from sparsemem.checks import (
     check_size,
     nearest,
 )
+from sparsemem.devices import is_device
 from sparsemem.models.precision import is_autocast
 
 QUERY_NORMS = ("layer", "batch", "none")
@@ -135,7 +135,7 @@ class MemoryLayer(nn.Module):
 
         Not where a batch norm's averages would have taken the input in before.
         """
-        return on_device(input) and not isinstance(self.query_norm, nn.BatchNorm1d)
+        return is_device(input) and not isinstance(self.query_norm, nn.BatchNorm1d)
 
 
 def _query_norm(name: str, num_heads: int, width: int) -> nn.Module:

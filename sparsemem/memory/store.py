@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem import devices
 from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.indexes.ranking import top_k
 from sparsemem.indexes.sealed import SealedRows
-from sparsemem.memory import devices
 from sparsemem.memory.slots import Slots
 from sparsemem.memory.tape import Tape, flatten_ids
 from sparsemem.memory.usage import AccessOrder

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparsemem.memory import devices
+from sparsemem import devices
 from sparsemem.memory.entries import Entries, totals
 from sparsemem.memory.slots import NONE, Slots
 

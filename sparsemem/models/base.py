@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparsemem import devices
 from sparsemem.checks import check_finite, check_like, check_size
-from sparsemem.memory import devices
 from sparsemem.models.precision import is_autocast
 
 

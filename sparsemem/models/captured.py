@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.checks import check_size
-from sparsemem.memory.devices import rehearsal
+from sparsemem.devices import rehearsal
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.controller import has_global_hooks
 from sparsemem.models.precision import is_autocast

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsemem import MemoryBank
 from sparsemem.bank.book import COLUMNS
-from sparsemem.bank.devices import on_device
+from sparsemem.devices import is_device
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.layers import MemoryLayer
 from sparsemem.optim import RowAdam, clip_grad_norm
@@ -185,7 +185,7 @@ def kept_still(device, how):
             bank.select(top=2)
         with waits_for(bank) as waits:
             (hit.values.sum() + hit.scores.sum()).backward()
-        assert not (waits and on_device(bank.keys))
+        assert not (waits and is_device(bank.keys))
 
     backward()
     optimiser.step()

@@ -2,8 +2,8 @@
 
 import torch
 
+from sparsemem import devices
 from sparsemem.kernels.gpu import step
-from sparsemem.memory import devices
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
 from tests.oracles.hopper import compiled_for_hopper

@@ -7,8 +7,9 @@ those in ON_GPU are run.
 import pytest
 import torch
 
+from sparsemem import devices
 from sparsemem.kernels import fused
-from sparsemem.memory import devices, episode
+from sparsemem.memory import episode
 from sparsemem.memory.episode import Episode
 from sparsemem.models.sam import SAM
 from sparsemem.models.sdnc import SDNC

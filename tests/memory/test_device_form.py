@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.memory import devices
+from sparsemem import devices
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
 from sparsemem.memory.slots import PrefixSlots

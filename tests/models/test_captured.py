@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsemem
-from sparsemem.memory import devices
+from sparsemem import devices
 from sparsemem.models import captured as captured_module
 from sparsemem.models.captured import Captured, CapturedState, Graphs
 from tests.oracles.fake_graphs import FakeGraphs

@@ -5,8 +5,8 @@ device, and the numbers are those of the CPU.
 import pytest
 import torch
 
+from sparsemem import devices
 from sparsemem.bank import MemoryBank
-from sparsemem.memory import devices
 from sparsemem.models.registry import find_model, make_model
 from tests.oracles.synchronisations import Synchronisations
 
