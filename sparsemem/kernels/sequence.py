@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsemem import devices
 from sparsemem.indexes.ranking import GRID_BITS
+from sparsemem.indexes.triton_switch import use_triton
 from sparsemem.kernels import Kernels, kernels_for
 from sparsemem.kernels.fused import addresses, can_step
 from sparsemem.kernels.threads import in_parts
@@ -56,7 +60,7 @@ class Sizes(NamedTuple):
 class Sequence(NamedTuple):
     """What T steps did to B elements: `take_sequence`. Row 0 of T + 1 is what was before them."""
 
-    kernels: Kernels
+    backward: Callable[..., None]  # as `go_back`, of kernels and sizes
     sizes: Sizes
     gates: Tensor  # [T, B, 4 D]
     cells: Tensor  # [T + 1, B, D]
@@ -80,6 +84,19 @@ class Sequence(NamedTuple):
             record = getattr(self, name)
             parts[name] = record[: steps + len(record) - self.sizes.steps].clone()
         return self._replace(sizes=self.sizes._replace(steps=steps), **parts)
+
+
+def steps_at_once(store: EpisodeStore, last: Entries, top_k: int) -> int:
+    """How many steps `take_sequence` can be asked for now; 0: none."""
+    if use_triton(store.rows):
+        from sparsemem.kernels.gpu.sequence import can_unroll
+
+        possible = can_unroll(store, last, top_k)
+    elif devices.is_device(store.rows):
+        possible = False
+    else:
+        possible = sequence_kernels(store, last, top_k) is not None
+    return MAX_STEPS if possible else 0
 
 
 def sequence_kernels(store: EpisodeStore, last: Entries, top_k: int) -> Kernels | None:
@@ -107,6 +124,7 @@ def take_sequence(
     carried: Tensor,
     cell: Tensor,
     last: Entries,
+    top_k: int,
     layers: Layers,
 ) -> Sequence | None:
     """Take as many of T steps as can be; None, and nothing done, if that is none.
@@ -116,24 +134,41 @@ def take_sequence(
         gates: what the LSTM's gates get from the input, [T, B, 4 D]; contiguous, overwritten.
         carried: hidden state and reads of the step before, [B, F].
         cell: the LSTM's cell state [B, D].
-        last: reads of the step before [B, H, K].
+        last: reads of the step before [B, H, K]; on a device there may be none.
+        top_k: K, rows that a head reads.
         layers: the weights.
     """
-    batch, heads, top_k = last.ids.shape
+    if use_triton(gates):
+        from sparsemem.kernels.gpu.sequence import device_sequence
+
+        return device_sequence(store, gates, carried, cell, last, top_k, layers)
     kernels = sequence_kernels(store, last, top_k)
     if kernels is None:
         return None
-    inputs = len(layers.bias) // heads
-    shape = (batch, heads, store.rows.shape[2], inputs, top_k, cell.shape[1])
-    sequence = begun(kernels, Sizes(len(gates), *shape), gates, carried, cell, last)
-    taken = advance(store, sequence, transposed(layers))
+    sizes = sizes_of(store, gates, cell, last, layers)
+    sequence = begun(partial(go_back, kernels), sizes, gates, carried, cell, last)
+    taken = advance(kernels, store, sequence, transposed(layers))
     if taken == 0:
         return None
     return sequence if taken == len(gates) else sequence.cut(taken)
 
 
+def sizes_of(
+    store: EpisodeStore, gates: Tensor, cell: Tensor, last: Entries, layers: Layers
+) -> Sizes:
+    """Of the sequence that `take_sequence` is given."""
+    batch, heads, top_k = last.ids.shape
+    inputs, width = len(layers.bias) // heads, store.rows.shape[2]
+    return Sizes(len(gates), batch, heads, width, inputs, top_k, cell.shape[1])
+
+
 def begun(
-    kernels: Kernels, sizes: Sizes, gates: Tensor, carried: Tensor, cell: Tensor, last: Entries
+    backward: Callable[..., None],
+    sizes: Sizes,
+    gates: Tensor,
+    carried: Tensor,
+    cell: Tensor,
+    last: Entries,
 ) -> Sequence:
     """Room for a sequence's steps, with what was before them."""
     steps, batch, heads, width, inputs, k, _ = sizes
@@ -147,9 +182,8 @@ def begun(
     for record, part in zip(before, (cell, carried, *last), strict=True):
         record[0] = part
     cells, features, ids, weights = before
-    return Sequence(
-        kernels, sizes, gates, cells, features, values, write_ids, write_weights, ids, weights, rows
-    )
+    written = (values, write_ids, write_weights)
+    return Sequence(backward, sizes, gates, cells, features, *written, ids, weights, rows)
 
 
 def transposed(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,12 +192,14 @@ def transposed(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
     return recurrent.mT.contiguous(), interface.mT.contiguous(), bias.contiguous()
 
 
-def advance(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...]) -> int:
+def advance(
+    kernels: Kernels, store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...]
+) -> int:
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
     sizes, taken, lap_begun = sequence.sizes, 0, False
     while taken < sizes.steps and store.extent + sizes.growth <= scanned_rows(store):
         store.reserve(store.extent + sizes.growth)
-        now = run(store, sequence, weights, taken)
+        now = run(kernels, store, sequence, weights, taken)
         has_room = store.extent + sizes.growth <= rows_allowed(store)
         if now == taken and has_room:
             if lap_begun:
@@ -179,7 +215,13 @@ def rows_allowed(store: EpisodeStore) -> int:
     return min(scanned_rows(store), capacity if capacity < store.num_slots else EVERYTHING)
 
 
-def run(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...], first: int) -> int:
+def run(
+    kernels: Kernels,
+    store: EpisodeStore,
+    sequence: Sequence,
+    weights: tuple[Tensor, ...],
+    first: int,
+) -> int:
     """Steps from `first` on, until they stop; how many there are then."""
     order, sizes, capacity = store.order, sequence.sizes, store.rows.shape[1]
     touched, pointer, kept = (part.clone() for part in (store.touched, order.pointer, order.kept))
@@ -187,11 +229,21 @@ def run(store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...], fi
     limits = (capacity, store.num_slots, bits, order.time - first, rows_allowed(store), first)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
     places = addresses(*state, pointer, kept, *weights, *sequence.records)
-    now = sequence.kernels.unroll(sequence.kernels.like, (*sizes, *limits), places)
+    now = kernels.unroll(kernels.like, (*sizes, *limits), places)
     store.version += now > first
     store.touched, store.extent = touched, int(touched.max())
     order.pointer, order.kept, order.time = pointer, kept, order.time + now - first
     return now  # type: ignore[no-any-return]
+
+
+def go_back(kernels: Kernels, sizes: Sizes, buffer: Tensor, *tensors: Tensor) -> None:
+    """All steps backward, in place: see `unroll_backward` for the tensors behind the buffer."""
+    places = addresses(buffer, *tensors)
+
+    def part(begin: int, end: int, _: Any = (buffer, *tensors)) -> None:
+        kernels.unroll_backward(kernels.like, (*sizes, buffer.shape[1], begin, end), places)
+
+    in_parts(part, sizes.batch, sizes.work * sizes.steps)
 
 
 class UnrolledSteps(torch.autograd.Function):
@@ -214,7 +266,7 @@ class UnrolledSteps(torch.autograd.Function):
         tape: Tape,
     ) -> tuple[Tensor, ...]:
         """Record what the backward pass needs."""
-        ctx.kernels, ctx.sizes = sequence.kernels, sequence.sizes
+        ctx.run, ctx.sizes, ctx.support = sequence.backward, sequence.sizes, last_weights.shape[2]
         ctx.tape, ctx.operation = tape, tape.record()
         made = sequence
         saved = (made.gates, made.cells, made.values, made.write_ids, made.ids, made.weights)
@@ -235,17 +287,11 @@ class UnrolledSteps(torch.autograd.Function):
             both[sizes.steps % 2] = to_weights
         to_gates, to_values = torch.empty_like(gates), torch.empty_like(values)
         flows = (to_carried, to_cell, both, to_gates, to_values)
-        tensors = (buffer, recurrent.contiguous(), interface.contiguous(), *saved, *flows)
-        places = addresses(*tensors)
-
-        def part(begin: int, end: int, _: Any = tensors) -> None:
-            given = (*sizes, buffer.shape[1], begin, end)
-            ctx.kernels.unroll_backward(ctx.kernels.like, given, places)
-
-        in_parts(part, sizes.batch, sizes.work * sizes.steps)
+        layers = (recurrent.contiguous(), interface.contiguous())
+        ctx.run(sizes, buffer, *layers, *saved, *flows)
         ctx.tape.added(ids[1:].transpose(0, 1))
         ctx.tape.leave(ctx.operation)
-        to_state = (to_gates, to_carried[0], to_cell, both[0])
+        to_state = (to_gates, to_carried[0], to_cell, both[0, :, :, : ctx.support])
         hidden, needed = carried[1:, :, : sizes.hidden], ctx.needs_input_grad
         to_recurrent = summed(to_gates, carried[:-1]) if needed[5] else None
         to_interface = summed(to_values, hidden) if needed[6] else None

@@ -12,13 +12,7 @@ from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.metrics import Metric
 from sparsemem.kernels.fused import FusedStep, take_step
-from sparsemem.kernels.sequence import (
-    MAX_STEPS,
-    Layers,
-    UnrolledSteps,
-    sequence_kernels,
-    take_sequence,
-)
+from sparsemem.kernels.sequence import Layers, UnrolledSteps, steps_at_once, take_sequence
 from sparsemem.memory.candidates import max_slots
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.links import TemporalLinks
@@ -265,7 +259,7 @@ class Episode:
 
     def steps_at_once(self, last: Entries, k: int) -> int:
         """How many steps `fused_sequence` can be asked for now; 0: none."""
-        return MAX_STEPS if sequence_kernels(self._store, last, k) else 0
+        return steps_at_once(self._store, last, k)
 
     def fused_sequence(
         self,
@@ -273,6 +267,7 @@ class Episode:
         carried: Float[Tensor, "B F"],
         cell: Float[Tensor, "B D"],
         last: Entries,
+        k: int,
         layers: Layers,
     ) -> MemorySequence | None:
         """As many of T steps of SAM and its LSTM as can be, at least one, by compiled kernels.
@@ -284,11 +279,12 @@ class Episode:
             gates: what the LSTM's gates get from the input, biases among it; is overwritten.
             carried: hidden state and reads of the step before.
             cell: the LSTM's cell state.
-            last: reads [B, H, K] of the step before.
+            last: reads [B, H, K] of the step before; on a device there may be none.
+            k: rows that a head reads.
             layers: weights of the LSTM and of the interface.
         """
         self._check_current()
-        sequence = take_sequence(self._store, gates, carried, cell, last, layers)
+        sequence = take_sequence(self._store, gates, carried, cell, last, k, layers)
         if sequence is None:
             return None
         state = (gates[: sequence.sizes.steps], carried, cell, last.weights, *layers)

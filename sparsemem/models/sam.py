@@ -15,7 +15,6 @@ from sparsemem.bank import MemoryBank
 from sparsemem.checks import check_at_most, check_fraction, check_like, check_size
 from sparsemem.indexes.metrics import cosine
 from sparsemem.kernels.sequence import Layers
-from sparsemem.memory import devices
 from sparsemem.memory.addressing import oneplus
 from sparsemem.memory.entries import Entries, joined
 from sparsemem.memory.episode import Episode, MemoryStep, check_bank
@@ -226,7 +225,7 @@ class SAMCell(Cell):
         self, input: Float[Tensor, "B T X"], state: Any
     ) -> tuple[Float[Tensor, "B n F"], Any] | None:
         """Several steps by kernels that hold the controller too, where that is this LSTM's."""
-        lstm = None if devices.is_device(input) else plain_lstm(self.controller)
+        lstm = plain_lstm(self.controller)
         if lstm is None or not self._is_plain(input, state):
             return None
         steps = state.episode.steps_at_once(state.read, self.top_k)
@@ -237,9 +236,10 @@ class SAMCell(Cell):
         gates = linear(input, of_input, biases).contiguous()
         recurrent = torch.cat([lstm.weight_hh, of_reads], 1)
         layers = Layers(recurrent, self.interface.weight, self.interface.bias)
-        hidden, cell = state.controller
+        nothing = state.reads.new_zeros(state.batch_size, self.hidden_size)
+        hidden, cell = state.controller or (nothing, nothing)
         carried = torch.cat([hidden, state.reads], 1)
-        taken = state.episode.fused_sequence(gates, carried, cell, state.read, layers)
+        taken = state.episode.fused_sequence(gates, carried, cell, state.read, self.top_k, layers)
         if taken is None:
             return None
         last = taken.features[-1]
@@ -252,15 +252,16 @@ class SAMCell(Cell):
 
     def _is_plain(self, input: Tensor, state: Any) -> bool:
         """Whether a step is what this class and its layers do, and nothing else."""
-        if state.controller is None or has_global_hooks() or is_autocast(input):
+        if has_global_hooks() or is_autocast(input):
             return False
+        controller = state.controller or ()  # before the first step there is none
         layers = (*self.controller.parameters(), *self.interface.parameters())
-        tensors, shape = (input, *state.controller, *layers), (len(input), self.hidden_size)
+        tensors, shape = (input, *controller, *layers), (len(input), self.hidden_size)
         return (
             is_plain(self, SAMCell)
             and is_plain(self.interface, nn.Linear)
             and self.interface.bias is not None
-            and all(part.shape == shape for part in state.controller)
+            and all(part.shape == shape for part in controller)
             and all(type(part) in (Tensor, nn.Parameter) for part in tensors)
             and {(part.dtype, part.device) for part in tensors}
             == {(state.reads.dtype, state.reads.device)}

@@ -85,15 +85,22 @@ def linked_backward(
     return tl.sum(link * last[None, :], 1), gradient, link
 
 
-@kernel(do_not_specialize=["support"])
+@kernel(
+    do_not_specialize=["support", "stride"],
+    do_not_specialize_on_alignment=[
+        "values", "last_weights", "rows", "weights", "to_reads", "to_weights", "to_values",
+        "to_last",
+    ],
+)  # fmt: skip
 def read_backward_kernel(
     values, last_weights, links, rows, weights, to_reads, to_weights, to_rows, to_values, to_last,
-    support,
-    INPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, SUPPORT: tl.constexpr, LINKED: tl.constexpr,
+    support, stride,
+    HEADS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, NEIGHBOURS: tl.constexpr, SUPPORT: tl.constexpr, LINKED: tl.constexpr,
 ):  # fmt: skip
-    """From reads [B, H, W] and read weights [B, H, R] to rows [B, H, R, W], to query, strength and
-    modes in values [B, H, I], and to last read weights [B, H, S]; grid (B * H,).
+    """From reads [B, H * W], in rows of `stride`, and read weights [B, H, R] to rows [B, H, R, W],
+    to query, strength and modes in values [B, H, I], and to last read weights [B, H, S]; grid
+    (B * H,).
     """
     at = tl.program_id(0).to(tl.int64)
     R: tl.constexpr = 3 * K if LINKED else K
@@ -105,7 +112,9 @@ def read_backward_kernel(
     weights += at * R
     to_weights += at * R
     query, strength = load_vector(values, WIDTH, COLUMNS), tl.load(values + 2 * WIDTH)
-    to_read = load_vector(to_reads + at * WIDTH, WIDTH, COLUMNS)
+    to_read = load_vector(
+        to_reads + at // HEADS * stride + at % HEADS * WIDTH, WIDTH, COLUMNS
+    )  # fmt: skip
     row, gradient, to_row = weigh_backward(
         rows + FIRST * WIDTH, weights + FIRST, to_read, to_weights + FIRST, WIDTH, COLUMNS, K,
         NEIGHBOURS,
@@ -196,7 +205,12 @@ def write_backward(
     tl.store(to_values + 2 * WIDTH + 2, tl.sum(to_interpolation, 0) * slope)
 
 
-@kernel(do_not_specialize=["support", "capacity"])
+@kernel(
+    do_not_specialize=["support", "capacity"],
+    do_not_specialize_on_alignment=[
+        "values", "write_ids", "last_weights", "ids", "to_values", "to_last",
+    ],
+)  # fmt: skip
 def write_backward_kernel(
     buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support, capacity,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,

@@ -31,7 +31,9 @@ from sparsemem.memory.usage import ACCESS_THRESHOLD
 DELTA = tl.constexpr(ACCESS_THRESHOLD)
 
 
-@kernel(do_not_specialize=["capacity"])
+@kernel(
+    do_not_specialize=["capacity"], do_not_specialize_on_alignment=["touched", "values"]
+)  # fmt: skip
 def search_kernel(
     rows, norms, touched, values, keys, capacity,
     HEADS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -124,10 +126,15 @@ def mark(last_access, time, ids, weights, count, other_ids, other_weights, total
     return highest
 
 
-@kernel(do_not_specialize=["support", "parts", "capacity", "time"])
+@kernel(
+    do_not_specialize=["support", "parts", "capacity", "time", "stride"],
+    do_not_specialize_on_alignment=[
+        "touched", "values", "last_weights", "ids", "rows", "weights", "reads",
+    ],
+)  # fmt: skip
 def read_kernel(
     table, last_access, touched, values, last_weights, write_ids, write_weights, keys, linked,
-    links, ids, rows, weights, reads, support, parts, capacity, time,
+    links, ids, rows, weights, reads, support, parts, capacity, time, stride,
     HEADS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     K: tl.constexpr, NEIGHBOURS: tl.constexpr, SUPPORT: tl.constexpr, LINKED: tl.constexpr,
     KEYS: tl.constexpr, MARKS: tl.constexpr,
@@ -137,10 +144,11 @@ def read_kernel(
     Memory: table [B, C, W], last_access [B, C], touched [B]. Values [B, H, I]. Last read weights
     [B, H, S]. Written: ids and weights [B, H, S + 1]. Found: keys [B, H, P, K]. LINKED: ids
     [B, H, 2, K] and weights [B, H, 2, K, S] of rows linked before and after the last reads. Made:
-    ids and weights [B, H, R], rows [B, H, R, W], reads [B, H, W].
+    ids and weights [B, H, R], rows [B, H, R, W], reads [B, H * W] in rows of `stride`.
     """
     b = tl.program_id(0).to(tl.int64)
-    at = b * HEADS + tl.program_id(1)
+    head = tl.program_id(1)
+    at = b * HEADS + head
     table += b * capacity * WIDTH
     last_access += b * capacity
     values += at * INPUTS
@@ -174,7 +182,7 @@ def read_kernel(
                 rows + way * 2 * K * WIDTH, WIDTH, COLUMNS, K, NEIGHBOURS,
             )  # fmt: skip
     column = tl.arange(0, COLUMNS)
-    tl.store(reads + at * WIDTH + column, read, mask=column < WIDTH)
+    tl.store(reads + b * stride + head * WIDTH + column, read, mask=column < WIDTH)
     tl.debug_barrier()  # ids and weights are read by other threads than stored them
     written = support + 1
     highest = mark(

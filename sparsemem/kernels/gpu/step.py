@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -74,6 +75,29 @@ class Sizes(NamedTuple):
         warps = warps_for(neighbours * max(self.columns, self.support))
         return {"K": self.top_k, "NEIGHBOURS": neighbours, "num_warps": warps}
 
+    def room_to_write(self, last: Entries) -> Entries:
+        """For what a step writes after reads [B, H, S]: S + 1 entries a head."""
+        batch, heads, support = last.ids.shape
+        shape = (batch, heads, support + 1)
+        return Entries(last.ids.new_empty(shape), last.weights.new_empty(shape))
+
+    def room_to_read(self, last: Entries) -> Reading:
+        """For what a step reads."""
+        batch, heads, weights = *last.ids.shape[:2], last.weights
+        shape = (batch, heads, self.read)
+        rows, reads = (*shape, self.width), (batch, heads * self.width)
+        made = (weights.new_empty(part) for part in (rows, shape, reads))
+        return Reading(last.ids.new_empty(shape), *made)
+
+
+class Reading(NamedTuple):
+    """What a step read; R entries a head."""
+
+    ids: Tensor  # [B, H, R]
+    rows: Tensor  # [B, H, R, W]
+    weights: Tensor  # [B, H, R]
+    reads: Tensor  # [B, H * W], rows of another table perhaps
+
 
 def padded(count: int) -> int:
     """The length of an array of `count` numbers."""
@@ -96,13 +120,16 @@ def device_step(
     sizes = Sizes(values.dtype, heads, inputs, width, top_k, links is not None)
     last = Entries(last.ids.contiguous(), last.weights.detach().contiguous())
     store.visible(heads + top_k)  # makes room
+    write, read = sizes.room_to_write(last), sizes.room_to_read(last)
     with torch.no_grad(), torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        written, write = write_step(sizes, store, values, last)
-        keys = search_step(sizes, store, values, written)
+        write_step(sizes, store, values, last, write, torch.empty_like(store.touched))
+        keys = search_step(sizes, store, values, store.touched)
         linked, weights_of = values.new_empty(0, dtype=torch.int64), values.new_empty(0)
         if links is not None:
             linked, weights_of = links_step(store, links, write, last, top_k)
-        return read_step(sizes, store, values, last, write, keys, linked, weights_of)
+        read_step(sizes, store, values, last, write, read, keys, linked, weights_of)
+    entries, backward = Entries(read.ids, read.weights), partial(device_backward, sizes)
+    return Step(backward, write, entries, weights_of, read.rows, read.reads)
 
 
 def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
@@ -117,34 +144,44 @@ def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
 
 
 def write_step(
-    sizes: Sizes, store: EpisodeStore, values: Tensor, last: Entries
-) -> tuple[Tensor, Entries]:
-    """Choose fresh rows, erase them, write: what is touched then [B], what was written."""
+    sizes: Sizes,
+    store: EpisodeStore,
+    values: Tensor,
+    last: Entries,
+    write: Entries,
+    touched: Tensor,
+) -> None:
+    """Choose fresh rows, erase them, write. Made: `write`, and [B] what is touched then."""
     batch, heads, support = last.ids.shape
-    written, touched = torch.empty_like(store.touched), torch.empty_like(store.touched)
-    ids = last.ids.new_empty(batch, heads, support + 1)
-    weights = values.new_empty(batch, heads, support + 1)
     memory = (store.rows, store.norms, store.order.last_access, store.touched)
     block = sizes.block(heads * (sizes.read + 1))
     write_kernel[(batch,)](
-        *memory, written, touched, values, *last, ids, weights, support, store.rows.shape[1],
+        *memory, touched, values, *last, *write, support, store.rows.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
-        SCAN=SCAN, BLOCK=block,
-        num_warps=max(4, warps_for(block * sizes.columns)),
+        SCAN=SCAN, BLOCK=block, num_warps=max(4, warps_for(block * sizes.columns)),
     )  # fmt: skip
     store.touched, store.extent = touched, min(store.extent + heads, store.num_slots)
     store.version += 1
-    return written, Entries(ids, weights)
 
 
-def search_step(sizes: Sizes, store: EpisodeStore, values: Tensor, written: Tensor) -> Tensor:
-    """The best rows by content of each part of the rows, as keys [B, H, P, K]."""
+def search_step(
+    sizes: Sizes,
+    store: EpisodeStore,
+    values: Tensor,
+    touched: Tensor,
+    room: Tensor | None = None,
+) -> Tensor:
+    """The best rows by content of each part of the rows, as keys [B, H, P, K], in `room` perhaps.
+
+    touched: rows of each element that may differ from the base, [B].
+    """
     batch, capacity = store.rows.shape[:2]
     parts = parts_of(store.extent + sizes.top_k, batch * sizes.heads)
-    keys = written.new_empty(batch, sizes.heads, parts, sizes.top_k)
+    shape = (batch, sizes.heads, parts, sizes.top_k)
+    keys = touched.new_empty(shape) if room is None else room[: prod(shape)].view(shape)
     block = min(max(TILE // sizes.columns, MIN_SIZE), 128)
     search_kernel[(batch, sizes.heads, parts)](
-        store.rows, store.norms, written, values, keys, capacity,
+        store.rows, store.norms, touched, values, keys, capacity,
         HEADS=sizes.heads, **sizes.common, K=sizes.top_k, NEIGHBOURS=sizes.neighbours,
         SCAN=block, GRID=2.0 ** GRID_BITS[sizes.dtype], ROUNDING=ROUNDING[sizes.dtype],
     )  # fmt: skip
@@ -175,27 +212,23 @@ def read_step(
     values: Tensor,
     last: Entries,
     write: Entries,
+    read: Reading,
     keys: Tensor,
     linked: Tensor,
     weights_of: Tensor,
-) -> Step:
-    """Read, and end the step: mark what was accessed."""
+) -> None:
+    """Read, and end the step: mark what was accessed. Made: `read`."""
     batch, heads, parts, top_k = keys.shape
-    ids = keys.new_empty(batch, heads, sizes.read)
-    rows = values.new_empty(batch, heads, sizes.read, sizes.width)
-    weights, reads = values.new_empty(ids.shape), values.new_empty(batch, heads * sizes.width)
     support, order = last.ids.shape[2], store.order
     given = (values, last.weights, *write, keys, linked, weights_of)
     read_kernel[(batch, heads)](
-        store.rows, order.last_access, store.touched, *given, ids, rows, weights, reads,
-        support, parts, store.rows.shape[1], order.time,
+        store.rows, order.last_access, store.touched, *given, *read,
+        support, parts, store.rows.shape[1], order.time, read.reads.stride(0),
         HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support,
         LINKED=sizes.linked, KEYS=16 * sizes.neighbours, MARKS=min(32, 2 * sizes.support),
     )  # fmt: skip
     order.time += 1
     store.extent = min(store.extent + top_k, store.num_slots)
-    backward = partial(device_backward, sizes)
-    return Step(backward, write, Entries(ids, weights), weights_of, rows, reads)
 
 
 def device_backward(
@@ -212,23 +245,47 @@ def device_backward(
     to_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the values and of the last read weights; the buffer is changed."""
-    batch, heads, support = last_weights.shape
     to_reads = torch.zeros_like(rows[:, :, 0]) if to_reads is None else to_reads.contiguous()
     to_weights = torch.zeros_like(weights) if to_weights is None else to_weights.contiguous()
     last_weights = last_weights.contiguous()
     to_values, to_last = torch.empty_like(values), torch.empty_like(last_weights)
-    to_rows = torch.empty_like(rows)
-    given = (values, last_weights, links, rows, weights, to_reads, to_weights)
+    made = (values, last_weights, write_ids, ids, links, rows, weights)
+    flows = (to_reads.flatten(1), to_weights, torch.empty_like(rows), to_values, to_last)
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        read_backward_kernel[(batch * heads,)](
-            *given, to_rows, to_values, to_last, support,
-            **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
-        )  # fmt: skip
-        block = sizes.block(sizes.read + 1)
-        write_backward_kernel[(batch,)](
-            buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
-            buffer.shape[1],
-            HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, **sizes.reading,
-            GROUPS=3 if sizes.linked else 1, BLOCK=block,
-        )  # fmt: skip
+        backward_step(sizes, buffer, *made, *flows)
     return to_values, to_last
+
+
+def backward_step(
+    sizes: Sizes,
+    buffer: Tensor,
+    values: Tensor,
+    last_weights: Tensor,
+    write_ids: Tensor,
+    ids: Tensor,
+    links: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    to_reads: Tensor,
+    to_weights: Tensor,
+    to_rows: Tensor,
+    to_values: Tensor,
+    to_last: Tensor,
+) -> None:
+    """Through the reads into the buffer, then through the write out of it.
+
+    Given: gradients of reads [B, H * W] and read weights. Made: those of the rows that were read
+    [B, H, R, W], of values and of the last read weights.
+    """
+    batch, heads, support = last_weights.shape
+    read_backward_kernel[(batch * heads,)](
+        values, last_weights, links, rows, weights, to_reads, to_weights, to_rows, to_values,
+        to_last, support, to_reads.stride(0),
+        HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
+    )  # fmt: skip
+    write_backward_kernel[(batch,)](
+        buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
+        buffer.shape[1],
+        HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, **sizes.reading,
+        GROUPS=3 if sizes.linked else 1, BLOCK=sizes.block(sizes.read + 1),
+    )  # fmt: skip

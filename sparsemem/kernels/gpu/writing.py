@@ -96,9 +96,14 @@ def add_words(
     tl.store(norms + id, inverse_norm(row, 1), mask=is_first)
 
 
-@kernel(do_not_specialize=["support", "capacity"])
+@kernel(
+    do_not_specialize=["support", "capacity"],
+    do_not_specialize_on_alignment=[
+        "touched", "touched_after", "values", "last_ids", "last_weights", "ids", "weights",
+    ],
+)  # fmt: skip
 def write_kernel(
-    rows, norms, last_access, touched, written_to, touched_after, values, last_ids, last_weights,
+    rows, norms, last_access, touched, touched_after, values, last_ids, last_weights,
     ids, weights, support, capacity,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,8 +111,8 @@ def write_kernel(
     """Choose the fresh rows and write; grid (B,).
 
     Memory: rows [B, C, W], norms [B, C], last_access [B, C], touched [B]; there is room for HEADS
-    more, or for all. Values [B, H, I]. Last reads [B, H, S]. Made: `written_to` and
-    `touched_after` [B], what is touched now; ids and weights [B, H, S + 1].
+    more, or for all. Values [B, H, I]. Last reads [B, H, S]. Made: `touched_after` [B], what is
+    touched now; ids and weights [B, H, S + 1].
     """
     b = tl.program_id(0).to(tl.int64)
     rows += b * capacity * WIDTH
@@ -124,7 +129,6 @@ def write_kernel(
         weights, support, HEADS, HEAD_SIZE, INPUTS, WIDTH, SUPPORT,
     )  # fmt: skip
     now = tl.maximum(before, highest + 1)
-    tl.store(written_to + b, now)
     tl.store(touched_after + b, now)
     tl.debug_barrier()  # ids and weights are read by other threads than stored them
     for begin in range(0, HEADS * written, BLOCK):
