@@ -20,11 +20,11 @@ from sparsemem.bench.points import MODEL_ORDERS, BankSettings, ModelSettings
 from sparsemem.bench.results import Result, as_csv, as_json, check_folder, read_result, write_files
 from sparsemem.bench.scaling import (
     BANK_SIZES,
-    Listener,
     ScalingSettings,
     powers,
     scaling,
 )
+from sparsemem.bench.schedule import Listener
 from sparsemem.bench.tables import peers_markdown, scaling_markdown
 from sparsemem.checks import nearest
 from sparsemem.console import user_errors
@@ -106,9 +106,7 @@ def scaling_command(
         with _listener() as listener:
             result = scaling(settings, listener)
         table = scaling_markdown(result)
-        write_files(output, {SCALING: as_json(result), **_others(result, table)})
-        typer.echo(table)
-        typer.echo(f"written to {output}", err=True)
+        _tell(output, {SCALING: as_json(result), **_others(result, table)}, table)
 
 
 SCALING_FILES = (SCALING, "scaling.csv", "scaling.md", "models.png", "banks.png")
@@ -170,9 +168,13 @@ def peers_command(
             result = peers(settings, pythons, listener)
         shown = peers_markdown(result, GROUPS)
         files = {PEERS: as_json(result), "peers.csv": as_csv(result), "peers.md": shown.encode()}
-        write_files(output, files)
-        typer.echo(shown)
-        typer.echo(f"written to {output}", err=True)
+        _tell(output, files, shown)
+
+
+def _tell(output: Path, files: dict[str, bytes], table: str) -> None:
+    write_files(output, files)
+    typer.echo(table)
+    typer.echo(f"written to {output}", err=True)
 
 
 def _pythons(settings: list[str]) -> dict[str, str]:

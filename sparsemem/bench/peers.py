@@ -23,8 +23,7 @@ from sparsemem.bench.budget import Budget
 from sparsemem.bench.measuring import machine
 from sparsemem.bench.points import Count, ModelSettings
 from sparsemem.bench.results import Result
-from sparsemem.bench.scaling import Listener
-from sparsemem.bench.schedule import Schedule, Series
+from sparsemem.bench.schedule import Listener, Series, measure
 from sparsemem.bench.workers import GRACE, Made, WorkerError
 
 WORKER = Path(__file__).with_name("peer_worker.py")
@@ -176,21 +175,12 @@ def peers(settings: PeerSettings, pythons: Mapping[str, str], listener: Listener
     is given.
     """
     budget, started = Budget(60 * settings.budget_minutes), time.perf_counter()
-    listener.total(sum(len(GROUPS[group]) + settings.repetitions - 1 for group in settings.groups))
-    points, skipped = [], []
-    for number, group in enumerate(settings.groups):
-        series = [_series(name, group, settings, pythons) for name in GROUPS[group]]
-        schedule = Schedule(
-            series,
-            budget.part(1 / (len(settings.groups) - number)),
-            settings.repetitions,
-            start=_start,
-            say=listener.say,
-            advance=listener.advance,
-        )
-        schedule.run()
-        points += schedule.measured
-        skipped += schedule.skipped
+    groups = [
+        [_series(name, group, settings, pythons) for name in GROUPS[group]]
+        for group in settings.groups
+    ]
+    shares = [1 / left for left in range(len(groups), 0, -1)]
+    points, skipped = measure(groups, shares, budget, settings.repetitions, _start, listener)
     return Result(
         benchmark="peers",
         machine=machine(threads=settings.threads),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,7 +23,7 @@ from sparsemem.bench.points import (
     ModelSettings,
 )
 from sparsemem.bench.results import Fit, Measured, Result
-from sparsemem.bench.schedule import Schedule, Series
+from sparsemem.bench.schedule import Listener, Series, measure
 from sparsemem.bench.workers import Point, Worker
 
 MODEL_SHARE = 0.6  # of the budget, where there are banks too
@@ -45,14 +45,6 @@ class ScalingSettings(BaseModel):
     threads: Count = 1
     model: ModelSettings = ModelSettings()
     bank: BankSettings = BankSettings()
-
-
-class Listener(NamedTuple):
-    """Who hears of progress: lines, the number of turns, and each turn."""
-
-    say: Callable[[str], object]
-    total: Callable[[int], object]
-    advance: Callable[[], object]
 
 
 def powers(minimum: int, maximum: int, factor: int = FACTOR) -> tuple[int, ...]:
@@ -109,25 +101,11 @@ def _bank_point(kind: str, settings: BankSettings, size: int, units: int) -> Ban
 
 def scaling(settings: ScalingSettings, listener: Listener) -> Result:
     """Measure, within the budget."""
-    budget = Budget(60 * settings.budget_minutes)
+    budget, started = Budget(60 * settings.budget_minutes), time.perf_counter()
     groups = [group for group in (model_series(settings), bank_series(settings)) if group]
-    turns = sum(len(series.sizes) for group in groups for series in group)
-    listener.total(turns + len(groups) * (settings.repetitions - 1))
-    points, skipped = [], []
-    started = time.perf_counter()
-    for number, group in enumerate(groups, 1):
-        last = number == len(groups)
-        schedule = Schedule(
-            group,
-            budget.part(1.0 if last else MODEL_SHARE),
-            settings.repetitions,
-            start=partial(_worker, settings.threads),
-            say=listener.say,
-            advance=listener.advance,
-        )
-        schedule.run()
-        points += schedule.measured
-        skipped += schedule.skipped
+    shares = [MODEL_SHARE, 1.0][2 - len(groups) :]
+    start = partial(_worker, settings.threads)
+    points, skipped = measure(groups, shares, budget, settings.repetitions, start, listener)
     return Result(
         benchmark="scaling",
         machine=machine(threads=settings.threads),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from sparsemem.bench.budget import Budget, Cost, predicted
@@ -47,6 +47,14 @@ class Series(NamedTuple):
     units: int
     flexible: bool
     point: Callable[[int, int], Point]  # from size and units
+
+
+class Listener(NamedTuple):
+    """Who hears of progress: lines, the number of turns, and each turn."""
+
+    say: Callable[[str], object]
+    total: Callable[[int], object]
+    advance: Callable[[], object]
 
 
 class Running:
@@ -228,3 +236,30 @@ class Schedule:
         self._running.remove(running)
         self.measured.append(running.measured())
         running.worker.close()
+
+
+def measure(
+    groups: Sequence[list[Series]],
+    shares: Sequence[float],
+    budget: Budget,
+    repetitions: int,
+    start: Callable[[Point], Measurer],
+    listener: Listener,
+) -> tuple[list[Measured], list[Skipped]]:
+    """Measure groups of series one after the other; each takes its share of what time is left."""
+    sizes = sum(len(series.sizes) for group in groups for series in group)
+    listener.total(sizes + len(groups) * (repetitions - 1))
+    measured, skipped = [], []
+    for group, share in zip(groups, shares, strict=True):
+        schedule = Schedule(
+            group,
+            budget.part(share),
+            repetitions,
+            start=start,
+            say=listener.say,
+            advance=listener.advance,
+        )
+        schedule.run()
+        measured += schedule.measured
+        skipped += schedule.skipped
+    return measured, skipped

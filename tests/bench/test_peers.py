@@ -5,7 +5,7 @@ import pytest
 from sparsemem.bench import peers as module
 from sparsemem.bench.peers import ENVIRONMENTS, GROUPS, PeerPoint, PeerProcess, PeerSettings, peers
 from sparsemem.bench.points import ModelSettings
-from sparsemem.bench.scaling import Listener
+from sparsemem.bench.schedule import Listener
 from sparsemem.bench.tables import peers_markdown
 from sparsemem.bench.workers import WorkerError
 
