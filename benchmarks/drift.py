@@ -35,6 +35,7 @@ INDEX, WIDTH, TOP_K, FLOOR = "IVF4096,Flat", 64, 8, 0.95
 MOVED_AT_ONCE, RATE, VISITS = 512, 0.2, 8  # 0.8^8: a sixth of the way is left
 QUERIES, JUDGED = 16, 4  # queries of a search; how many of them are compared with the truth
 REBUILT_EVERY, WINDOW = 500, 1_000
+COLOURS = {"bank": "#1f6f8b", "left alone": "#b8480f", "rebuilt": "#8a8a8a"}
 
 
 class Step(NamedTuple):
@@ -181,50 +182,57 @@ def draw(records: list[Record], judged: dict[str, Any], moving: int, path: Path)
     from matplotlib import pyplot
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 6.5), sharex=True)
-    colours = {"bank": "#1f6f8b", "left alone": "#b8480f", "rebuilt": "#8a8a8a"}
+    draw_recalls(top, judged["recalls"])
+    draw_seconds(bottom, np.array([record.seconds for record in records]))
+    building = np.array([record.building for record in records])
+    for axis in (top, bottom):
+        axis.axvline(moving, color="black", linewidth=0.6)
+        shade(axis, building)
+        axis.spines[["top", "right"]].set_visible(False)
+    top.text(moving, 1.03, " rows stop moving", ha="left", va="bottom", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def draw_recalls(axis: Any, recalls: dict[str, Any]) -> None:
+    """Means over the last queries, of the bank and of the plain indices."""
     labels = {
         "bank": "MemoryBank",
         "left alone": "plain FAISS index, left alone",
         "rebuilt": f"plain FAISS index, rebuilt every {REBUILT_EVERY} steps (searches wait)",
     }
-    for name, values in judged["recalls"].items():
+    for name, values in recalls.items():
         mean = windows(values)
         place = (np.arange(len(mean)) + min(WINDOW, len(values))) / JUDGED
-        top.plot(place, mean, color=colours[name], label=labels[name], linewidth=1.6)
-    top.axhline(FLOOR, color="black", linestyle=":", linewidth=1, label=f"min_recall = {FLOOR}")
-    top.set_ylabel(f"recall@{TOP_K}, last {WINDOW} queries")
-    top.set_ylim(0, 1.02)
-    top.legend(loc="lower left", frameon=False)
-    seconds = np.array([record.seconds for record in records]) * 1e3
-    bottom.plot(seconds, ".", color=colours["bank"], markersize=1.5, alpha=0.5)
-    bottom.set_yscale("log")
-    bottom.set_ylabel(f"ms a search of {QUERIES} queries")
-    bottom.set_xlabel("step")
-    building = np.array([record.building for record in records])
-    for axis in (top, bottom):
-        axis.axvline(moving, color="black", linewidth=0.6)
-        axis.fill_between(
-            np.arange(len(records)),
-            0,
-            1,
-            where=building,
-            color="#f0c96a",
-            alpha=0.35,
-            transform=axis.get_xaxis_transform(),
-            linewidth=0,
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-    top.text(moving, 1.03, " rows stop moving", ha="left", va="bottom", fontsize=8)
-    bottom.text(
-        0.01,
-        0.95,
-        "shaded: lists are trained anew in the background",
-        fontsize=8,
-        transform=bottom.transAxes,
-        va="top",
+        axis.plot(place, mean, color=COLOURS[name], label=labels[name], linewidth=1.6)
+    axis.axhline(FLOOR, color="black", linestyle=":", linewidth=1, label=f"min_recall = {FLOOR}")
+    axis.set_ylabel(f"recall@{TOP_K}, last {WINDOW} queries")
+    axis.set_ylim(0, 1.02)
+    axis.legend(loc="lower left", frameon=False)
+
+
+def draw_seconds(axis: Any, seconds: np.ndarray) -> None:
+    """Of each of the bank's searches."""
+    axis.plot(seconds * 1e3, ".", color=COLOURS["bank"], markersize=1.5, alpha=0.5)
+    axis.set_yscale("log")
+    axis.set_ylabel(f"ms a search of {QUERIES} queries")
+    axis.set_xlabel("step")
+    note = "shaded: lists are trained anew in the background"
+    axis.text(0.01, 0.95, note, fontsize=8, transform=axis.transAxes, va="top")
+
+
+def shade(axis: Any, building: np.ndarray) -> None:
+    """The steps at which an index was built in the background."""
+    axis.fill_between(
+        np.arange(len(building)),
+        0,
+        1,
+        where=building,
+        color="#f0c96a",
+        alpha=0.35,
+        transform=axis.get_xaxis_transform(),
+        linewidth=0,
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main(

@@ -31,7 +31,17 @@ import torch
 import typer
 from characters import DATA, FILE, ROOT, Parts, load, turned
 from picture import draw
-from recognition import Encoder, best_threshold, by_sight, correct, embed, few_shot, stream, train
+from recognition import (
+    Encoder,
+    Stream,
+    best_threshold,
+    by_sight,
+    correct,
+    embed,
+    few_shot,
+    stream,
+    train,
+)
 from safetensors.torch import load_model, save_model
 
 EPISODES = {20: 2000, 100: 400}  # by way
@@ -66,6 +76,20 @@ def evaluated(name: str, embedded: torch.Tensor, seed: int, episodes: dict[int, 
     return results
 
 
+def named(seen: Stream, threshold: float) -> dict[str, Any]:
+    """How many characters of a stream were named right at each sight, printed."""
+    results = {
+        "threshold": threshold,
+        "rows": int(seen.rows[-1]),
+        "named": by_sight(correct(seen), seen),
+        "named or unknown": by_sight(correct(seen, threshold), seen),
+    }
+    for name in ("named", "named or unknown"):
+        print(f"stream, {name}:", " ".join(f"{value:.1f}" for value in results[name]))
+    print(f"stream: threshold {threshold:.3f}, {results['rows']:,} rows at the end")
+    return results
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder with omniglot/omniglot-28.npz.")] = DATA,
     run: Annotated[Path, typer.Option(help="Folder for what comes out.")] = Path("runs/omniglot"),
@@ -96,15 +120,7 @@ def main(
     # What is near enough to be known: chosen on a stream of about as many classes.
     threshold = best_threshold(stream(embed(network, turned(parts.validation.images)), seed))
     seen = stream(embedded, seed)
-    results["stream"] = {
-        "threshold": threshold,
-        "rows": int(seen.rows[-1]),
-        "named": by_sight(correct(seen), seen),
-        "named or unknown": by_sight(correct(seen, threshold), seen),
-    }
-    for name in ("named", "named or unknown"):
-        print(f"stream, {name}:", " ".join(f"{value:.1f}" for value in results["stream"][name]))
-    print(f"stream: threshold {threshold:.3f}, {results['stream']['rows']:,} rows at the end")
+    results["stream"] = named(seen, threshold)
     run.mkdir(parents=True, exist_ok=True)
     (run / "results.json").write_text(json.dumps(results, indent=1))
     draw(picture, parts.evaluation.images, embedded, seen, threshold)

@@ -57,17 +57,7 @@ def from_rows(
     for name, tensor in (("rows", rows), ("values", values)):
         if tensor is not None and (tensor.ndim != 2 or len(tensor) != len(rows)):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{len(rows)}, *]")
-    every = ids is None
-    if ids is None:
-        ids = torch.arange(len(rows))
-    elif len(ids) != len(rows):
-        raise ValueError(f"ids has {len(ids)} entries, expected {len(rows)}, one for each row")
-    if num_rows is None:
-        num_rows = max(1, int(ids.max()) + 1) if len(ids) else 1
-    check_size("num_rows", num_rows)
-    if every and num_rows < len(rows):
-        raise ValueError(f"num_rows is {num_rows}, expected at least {len(rows)}, one a row")
-    check_ids(ids, num_rows)
+    ids, num_rows = _places(len(rows), ids, num_rows)
     value_width = None if values is None else values.shape[1]
     bank = MemoryBank(num_rows, rows.shape[1], value_width, **{"dtype": rows.dtype, **options})
     for start in range(0, len(rows), CHUNK):
@@ -77,6 +67,22 @@ def from_rows(
     if path is not None:
         bank.journal = create_folder(bank, path, sync)
     return bank
+
+
+def _places(count: int, ids: Tensor | None, num_rows: int | None) -> tuple[Tensor, int]:
+    """Where `count` rows go, and the number of rows of their bank."""
+    every = ids is None
+    if ids is None:
+        ids = torch.arange(count)
+    elif len(ids) != count:
+        raise ValueError(f"ids has {len(ids)} entries, expected {count}, one for each row")
+    if num_rows is None:
+        num_rows = max(1, int(ids.max()) + 1) if len(ids) else 1
+    check_size("num_rows", num_rows)
+    if every and num_rows < count:
+        raise ValueError(f"num_rows is {num_rows}, expected at least {count}, one a row")
+    check_ids(ids, num_rows)
+    return ids, num_rows
 
 
 def from_embedding(embedding: nn.Embedding, **options: Any) -> MemoryBank:

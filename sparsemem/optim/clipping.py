@@ -43,19 +43,19 @@ def clip_grad_norm(
     if norm_type != math.inf:
         check_above_zero("norm_type", norm_type)
     own = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    with_gradient = [parameter for parameter in own if parameter.grad is not None]
-    gradients = []
-    for parameter in with_gradient:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.is_sparse:
-            parameter.grad = gradient = by_row(gradient, gradient.dtype)
-            gradient = gradient._values()
-        gradients.append(gradient)
-    filled = [gradient for gradient in gradients if gradient.numel()]
+    filled = [gradient for gradient in map(_summed, own) if gradient is not None]
     total = get_total_norm(filled, norm_type, error_if_nonfinite)
     # As torch's: always a product, so that nothing waits for a GPU.
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in filled:
         gradient.mul_(factor.to(gradient.device))
     return total
+
+
+def _summed(parameter: Tensor) -> Tensor | None:
+    """What counts of a gradient: its elements; of a sparse one, from now on, a sum for each row."""
+    gradient = parameter.grad
+    if gradient is not None and gradient.is_sparse:
+        parameter.grad = gradient = by_row(gradient, gradient.dtype)
+        gradient = gradient._values()
+    return gradient if gradient is not None and gradient.numel() else None
