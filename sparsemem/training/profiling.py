@@ -3,7 +3,8 @@
 After some steps to warm up, a few dozen are timed by a stopwatch at the borders of regions, which
 costs little, so that the shares are those of ordinary training. Then a few steps are recorded by
 torch's profiler, operation by operation, for a browser (https://ui.perfetto.dev). Training goes on
-afterwards as if nothing had been.
+afterwards as if nothing had been. The stopwatch is the host's: on a GPU it says what launching
+takes, and the trace what the kernels do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparsemem.bench.measuring import profiling
 from sparsemem.files import replace_file
+from sparsemem.indexes.triton_switch import use_triton
 from sparsemem.models.base import MemoryModel
 from sparsemem.training.errors import RunError
 from sparsemem.training.regions import Stopwatch, in_region, listening, region
@@ -51,6 +53,14 @@ FUNCTIONS = (
     # Whole sequences: the controller and the search are inside.
     ("sparsemem.kernels.sequence", None, "run", "kernels"),
     ("sparsemem.kernels.sequence", "UnrolledSteps", "backward", "kernels backward"),
+)
+# Others, where Triton's kernels are used.
+TRITON_FUNCTIONS = (
+    ("sparsemem.kernels.gpu.step", None, "search_step", "search"),
+    ("sparsemem.kernels.gpu.step", None, "write_step", "kernels"),
+    ("sparsemem.kernels.gpu.step", None, "read_step", "kernels"),
+    ("sparsemem.kernels.gpu.step", None, "links_step", "kernels"),
+    ("sparsemem.kernels.gpu.sequence", None, "device_sequence", "kernels"),
 )
 
 
@@ -162,7 +172,8 @@ def named_regions(model: MemoryModel) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name in modules:
             stack.enter_context(_replaced(module, "forward", in_region(name, module.forward)))
-        for path, kind, name, of in FUNCTIONS:
+        others = TRITON_FUNCTIONS if use_triton(next(model.parameters())) else ()
+        for path, kind, name, of in FUNCTIONS + others:
             owner: Any = import_module(path)
             owner = owner if kind is None else getattr(owner, kind, None)
             if hasattr(owner, name):

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 
 from sparsemem.memory.episode import Episode
 from sparsemem.training import profiling
 from sparsemem.training.profiling import MEANING, Profile, named_regions, table
+from sparsemem.training.regions import Stopwatch, listening
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,18 @@ def test_the_parts_are_as_they_were_afterwards(tree, new_run):
     assert Episode.search is before
     assert "forward" not in vars(cell)
     assert "forward" not in vars(cell.controller)
+
+
+def test_tritons_kernels_have_regions_where_they_are_used(new_run, tree, triton_device):
+    step = pytest.importorskip("sparsemem.kernels.gpu.step")
+    trainer, _ = new_run("run", tree)
+    model, before = trainer.model.to(triton_device), step.search_step
+    seconds = Stopwatch()
+    with listening(seconds), named_regions(model):
+        assert step.search_step is not before
+        model(torch.zeros(1, 2, model.input_size, device=triton_device))
+    assert step.search_step is before
+    assert seconds.seconds["kernels"] > 0
 
 
 def test_the_table_is_sorted_and_adds_up():
