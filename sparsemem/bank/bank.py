@@ -26,12 +26,12 @@ from sparsemem.bank.folder import check_new_place, create_folder, load_bank, sav
 from sparsemem.bank.gradients import drop_blanks
 from sparsemem.bank.reading import Hit, check_read, find
 from sparsemem.bank.rows import gather, gather_pairs, new_storage
+from sparsemem.bank.selection import check_policy
 from sparsemem.bank.store import RowStore
 from sparsemem.bank.tables import RAM
-from sparsemem.checks import check_at_most, check_size, nearest
+from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 
-POLICIES = ("tf-idf",)
 OwnKind = TypeVar("OwnKind", bound="MemoryBank")
 WHOLE = "their rows are all pairs of sub-keys and cannot be written, but write(ids, values=...) can"
 
@@ -306,18 +306,22 @@ class MemoryBank(RowStore):
         Returns the ids of the rows selected, ascending: fewer than `top` if fewer trainable rows
         were read. `select(None)` makes all rows trainable again and returns None.
         """
-        if policy is not None and policy not in POLICIES:
-            raise ValueError(f"policy is {policy!r}, {nearest(str(policy), POLICIES)}")
-        if policy is not None:
-            if top is None:
-                raise ValueError("top is None, expected the number of rows to select")
-            check_size("top", top)
+        check_policy(policy, top)
         with torch.no_grad(), self.table.lock.write():
             drop_blanks(self)
             if policy is None or top is None:
                 self._selection.lift()
                 return None
             return self._selection.select(top)
+
+    def capacity(self) -> int:
+        """Rows that could give way to new ones: all that are not frozen."""
+        return self.num_rows - self.book.num_frozen
+
+    def tags_of(self, ids: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """Tags of rows; 0 where there is none, or where the id is -1."""
+        tags = self.book.tags.index_select(0, ids.flatten().clamp(min=0)).view(ids.shape)
+        return tags.masked_fill(ids < 0, NO_TAG)
 
     def stats(self) -> dict[str, Any]:
         """Figures to watch: those of the bank, and those of the index under their own names.

@@ -6,7 +6,7 @@ Letters: Q queries, K rows read a query, H heads whose rows are summed together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsemem.bank.arguments import check_bank_queries
+from sparsemem.bank.contract import Bank
 from sparsemem.bank.gradients import remember, sparse_gradient
 from sparsemem.bank.rows import (
     gather_pairs,
     gather_scored,
 )
+from sparsemem.bank.store import RowStore
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.triton_switch import use_triton
@@ -72,7 +74,7 @@ def _scored(
 
 
 def read_sum(
-    bank: MemoryBank,
+    bank: Bank,
     queries: Float[Tensor, "*B H W"],
     top_k: int,
     weigh: Callable[[Hit], Float[Tensor, "*B H K"]],
@@ -82,9 +84,10 @@ def read_sum(
     On a GPU values of a table of their own are not copied: `hit.values` is empty, and a backward
     pass raises RuntimeError where a row that was read has been written anew since.
     """
-    values, shape = bank.values, queries.shape[:-1]
-    if values is None or not _in_place(bank, values):
+    table = _summed_in_place(bank)
+    if table is None:
         return _product(bank.read(queries, top_k), weigh)
+    (bank, values), shape = table, queries.shape[:-1]
     check_read(bank, queries, top_k)
     bank.refresh()
     bank.count_call()
@@ -104,8 +107,13 @@ def _product(hit: Hit, weigh: Callable[[Hit], Tensor]) -> Tensor:
         return (weights @ hit.values.flatten(-3, -2)).squeeze(-2)
 
 
-def _in_place(bank: MemoryBank, values: Tensor) -> bool:
-    return use_triton(values) and bank.computing_dtype == torch.float32 and values.is_contiguous()
+def _summed_in_place(bank: Bank) -> tuple[MemoryBank, Tensor] | None:
+    """The bank and its values, where a kernel sums them as they lie."""
+    if not isinstance(bank, RowStore) or bank.values is None or not use_triton(bank.values):
+        return None
+    if bank.computing_dtype != torch.float32 or not bank.values.is_contiguous():
+        return None
+    return cast("MemoryBank", bank), bank.values
 
 
 class WeighedRows(torch.autograd.Function):

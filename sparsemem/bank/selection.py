@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +17,24 @@ from torch import Tensor
 
 from sparsemem.bank.book import RowBook
 from sparsemem.bank.rows import zeros
+from sparsemem.checks import check_size, nearest
 
+POLICIES = ("tf-idf",)
+NESTED = "a background batch is open already: they cannot be nested"
 PENDING = 2**16  # ids kept as they come, at least
 PIECES = 1024
 SHARE = 64  # of the rows, one in so many, at most
+
+
+def check_policy(policy: str | None, top: int | None) -> None:
+    """Refuse what `select` cannot be asked for."""
+    if policy is None:
+        return
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}, {nearest(str(policy), POLICIES)}")
+    if top is None:
+        raise ValueError("top is None, expected the number of rows to select")
+    check_size("top", top)
 
 
 def tf_idf(
@@ -81,6 +96,23 @@ class Tally:
         self._pending, self._size = [], 0
 
 
+class Candidates(NamedTuple):
+    """Rows that could be selected, best first."""
+
+    ids: Int[Tensor, " n"]
+    scores: Float[Tensor, " n"]
+    counts: Int[Tensor, " n"]  # accesses by the batch
+
+
+def best_first(candidates: Candidates) -> Candidates:
+    """By score; ties by more accesses (without a background all scores are 0), then by id."""
+    ids, scores, counts = candidates
+    order = ids.argsort()
+    for key in (counts, scores):  # stable sorts, least key to greatest
+        order = order[key[order].argsort(descending=True, stable=True)]
+    return Candidates(*(part[order] for part in candidates))
+
+
 class Selection:
     """Counts accesses of the batch and of the background, and marks the rows to be trained."""
 
@@ -97,12 +129,16 @@ class Selection:
     def background(self) -> Iterator[None]:
         """Reads inside are one batch of the background; none if the block raises."""
         if self._background is not None:
-            raise RuntimeError("a background batch is open already: they cannot be nested")
+            raise RuntimeError(NESTED)
         tally = self._background = Tally(len(self._book.live))
         try:
             yield
         finally:
             self._background = None
+        self.count_background(tally)
+
+    def count_background(self, tally: Tally) -> None:
+        """One batch of the background accessed these rows."""
         counted = tally.counts()
         if counted is not None:
             ones = torch.ones_like(counted[0], dtype=self._book.background.dtype)
@@ -110,24 +146,38 @@ class Selection:
         self._book.batches += 1
 
     def select(self, top: int) -> Int[Tensor, " n"]:
-        """Mark the `top` rows of the batch with the greatest scores; they, ascending.
+        """Mark the `top` rows of the batch with the greatest scores; they, ascending."""
+        best = self.candidates(top).ids.sort().values
+        self.mark(best)
+        return best
 
-        Ties go to rows with more accesses (without a background all scores are 0), then by id.
-        Only rows that could be trained count: live and not frozen. Ends the batch.
+    def counted(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Distinct rows that the batch accessed, ascending, and how often."""
+        none = self._book.last_access.new_empty(0)
+        return self._batch.counts() or (none, none)
+
+    def total(self) -> int:
+        """Accesses by the batch."""
+        return int(self.counted()[1].sum())
+
+    def candidates(self, top: int, total: int | None = None) -> Candidates:
+        """The `top` rows of the batch that come first by `best_first`.
+
+        Only rows that could be trained count: live and not frozen. total: accesses by the batch,
+        where other shards' reads belong to it.
         """
-        book, counted = self._book, self._batch.counts()
-        self.lift()
-        ids, counts = counted or (book.last_access.new_empty(0),) * 2
-        total = int(counts.sum())
+        book, (ids, counts) = self._book, self.counted()
+        total = int(counts.sum()) if total is None else total
         able = book.live.index_select(0, ids) & ~book.frozen.index_select(0, ids)
         ids, counts = ids[able], counts[able]
         scores = tf_idf(counts, total, int(book.batches), book.background.index_select(0, ids))
-        order = counts.argsort(descending=True, stable=True)
-        order = order[scores[order].argsort(descending=True, stable=True)]
-        best = ids[order[:top]].sort().values
-        book.selected.index_fill_(0, best, True)
-        book.selection = best
-        return best
+        return Candidates(*(part[:top] for part in best_first(Candidates(ids, scores, counts))))
+
+    def mark(self, ids: Int[Tensor, " n"]) -> None:
+        """Only these rows are trainable. Ends the batch."""
+        self.lift()
+        self._book.selected.index_fill_(0, ids, True)
+        self._book.selection = ids
 
     def lift(self) -> None:
         """All rows are trainable again. Ends the batch."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.contract import Bank, check_bank_contract
 from sparsemem.checks import check_at_most, check_positive, check_size
 from sparsemem.indexes.metrics import Metric
 
@@ -44,17 +44,16 @@ class LifelongMemory(nn.Module):
     network that makes the queries is the gradient of `Recall.scores`.
 
     Args:
-        bank: of metric "cosine", with any index.
+        bank: of metric "cosine", with any index; a `MemoryBank` or a `ShardedBank`.
         top_k: K, neighbours a query. One is enough to predict; the losses want more.
         inertia: the most examples that a row's past counts as against a new one. With 1 (the
             paper) row and example count the same, which follows a network in training; with
             infinity all examples of a row do, which suits a network that does not change.
     """
 
-    def __init__(self, bank: MemoryBank, top_k: int = 256, *, inertia: float = 1.0) -> None:
+    def __init__(self, bank: Bank, top_k: int = 256, *, inertia: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(bank, MemoryBank):
-            raise TypeError(f"bank is a {type(bank).__name__}, expected a MemoryBank")
+        check_bank_contract(bank)
         if bank.metric is not Metric.cosine:
             raise ValueError(f"bank has metric '{bank.metric}', expected 'cosine'")
         self.top_k = check_at_most(
@@ -64,7 +63,7 @@ class LifelongMemory(nn.Module):
             check_positive("inertia", inertia)
         self.inertia = inertia
         self.bank = bank
-        bank.keys.requires_grad_(False)
+        bank.get_parameter("keys").requires_grad_(False)
 
     def forward(self, queries: Float[Tensor, "Q W"]) -> Recall:
         """The K nearest stored examples of each query."""
@@ -93,7 +92,7 @@ class LifelongMemory(nn.Module):
             )
         ids = recall.ids[:, 0].clone()
         new = self._labels(ids) != labels  # as the rows are now
-        room = self.bank.num_rows - self.bank.book.num_frozen
+        room = self.bank.capacity()
         check_at_most("number of new rows", int(new.sum()), "num_rows - frozen rows", room)
         unit = F.normalize(queries, dim=1)
         self._add(ids[~new], unit[~new])
@@ -106,8 +105,7 @@ class LifelongMemory(nn.Module):
         return self.bank.remove(tag=check_size("label", label, 0) + 1)
 
     def _labels(self, ids: Tensor) -> Tensor:
-        tags = self.bank.book.tags.index_select(0, ids.flatten().clamp(min=0)).view(ids.shape)
-        return (tags - 1).masked_fill(ids < 0, UNKNOWN)
+        return (self.bank.tags_of(ids) - 1).masked_fill(ids < 0, UNKNOWN)
 
     def _add(self, ids: Tensor, unit: Tensor) -> None:
         """Add examples to rows. The metric ignores a row's length, which so can be its weight."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.contract import Bank, check_bank_contract
 from sparsemem.bank.reading import Hit, read_sum
 from sparsemem.checks import (
     check_at_most,
@@ -44,7 +44,8 @@ class MemoryLayer(nn.Module):
 
     Args:
         dim: D, width of input and output.
-        bank: what is read, of any index. Its metric scores the queries.
+        bank: what is read, a `MemoryBank` or `ShardedBank` of any index. Its metric scores the
+            queries.
         num_heads: H, queries a position.
         top_k: K, rows read a head.
         gated: multiply the sum by silu(gate(x)). Without it, y = out(sum), and `out` is there only
@@ -59,7 +60,7 @@ class MemoryLayer(nn.Module):
     def __init__(
         self,
         dim: int,
-        bank: MemoryBank,
+        bank: Bank,
         num_heads: int = 4,
         top_k: int = 32,
         gated: bool = True,
@@ -69,8 +70,7 @@ class MemoryLayer(nn.Module):
         learn_temperature: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(bank, MemoryBank):
-            raise TypeError(f"bank is a {type(bank).__name__}, expected a MemoryBank")
+        check_bank_contract(bank)
         self.dim = check_size("dim", dim)
         self.num_heads = check_size("num_heads", num_heads)
         self.top_k = check_at_most(
