@@ -205,6 +205,84 @@ def write_backward(
     tl.store(to_values + 2 * WIDTH + 2, tl.sum(to_interpolation, 0) * slope)
 
 
+@kernel
+def piece_by_piece(
+    buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, K: tl.constexpr, NEIGHBOURS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Reads, then writes of an element that is too large to be held at once."""
+    add_rows(buffer, ids, to_rows, HEADS, WIDTH, COLUMNS, K, NEIGHBOURS, GROUPS)
+    written = support + 1
+    for head in range(0, HEADS):
+        write_backward(
+            buffer, values + head * INPUTS, write_ids + head * written,
+            last_weights + head * support, to_values + head * INPUTS, to_last + head * support,
+            support, WIDTH, COLUMNS, BLOCK,
+        )  # fmt: skip
+    tl.debug_barrier()  # all heads have seen the erased rows
+    head = tl.arange(0, HEAD_SIZE)
+    fresh = tl.load(write_ids + head * written + support, mask=head < HEADS, other=0)
+    nothing = tl.zeros([HEAD_SIZE, COLUMNS], buffer.dtype.element_ty)
+    store_rows(buffer, fresh, head < HEADS, nothing, WIDTH, COLUMNS)
+
+
+@kernel
+def at_once(
+    buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, READS: tl.constexpr, READ_SIZE: tl.constexpr,
+):  # fmt: skip
+    """All of an element: a read row's gradient is stored by the first entry of the row, with what
+    the others add to it; written rows add the same up for themselves.
+    """
+    head, entry, column = tl.arange(0, HEAD_SIZE), tl.arange(0, SUPPORT), tl.arange(0, COLUMNS)
+    at, is_head, written = tl.arange(0, READ_SIZE), head < HEADS, support + 1
+    is_last = is_head[:, None] & (entry < support)[None, :]
+    is_fresh = is_head[:, None] & (entry == support)[None, :]
+    place = head[:, None] * written + entry[None, :]
+    id = tl.load(write_ids + place, mask=is_last | is_fresh, other=-1)
+    fresh = tl.load(write_ids + head * written + support, mask=is_head, other=-1)
+    read_id = tl.load(ids + at, mask=at < READS, other=-2)
+    inside = (is_last | is_fresh)[:, :, None] & (column < WIDTH)[None, None, :]
+    place = id[:, :, None] * WIDTH + column[None, None, :]
+    row = tl.load(buffer + place, mask=inside, other=0)
+    read = load_rows(buffer, read_id, at < READS, WIDTH, COLUMNS)
+    place = head[:, None] * support + entry[None, :]
+    last = tl.load(last_weights + place, mask=is_last, other=0)
+    linked = tl.load(to_last + place, mask=is_last, other=0)
+    earlier = tl.zeros([READ_SIZE], tl.int32)
+    for i in tl.static_range(READS):
+        one, gradient = tl.load(ids + i), load_vector(to_rows + i * WIDTH, WIDTH, COLUMNS)
+        row += tl.where((id == one)[:, :, None], gradient[None, None, :], 0)
+        read += tl.where((read_id == one)[:, None], gradient[None, :], 0)
+        earlier = tl.maximum(earlier, ((read_id == one) & (at > i)).to(tl.int32))
+    erased = tl.max((read_id[:, None] == fresh[None, :]).to(tl.int32), 1)
+    read = tl.where((erased > 0)[:, None], 0, read)
+    tl.debug_barrier()  # several threads may have loaded what one stores
+    store_rows(buffer, read_id, (at < READS) & (earlier == 0), read, WIDTH, COLUMNS)
+    nothing = tl.zeros([HEAD_SIZE, COLUMNS], buffer.dtype.element_ty)
+    store_rows(buffer, fresh, is_head, nothing, WIDTH, COLUMNS)
+    values += head * INPUTS
+    to_values += head * INPUTS + 2 * WIDTH
+    gate = tl.sigmoid(tl.load(values + 2 * WIDTH + 1, mask=is_head, other=0))
+    interpolation = tl.sigmoid(tl.load(values + 2 * WIDTH + 2, mask=is_head, other=0))
+    inside = is_head[:, None] & (column < WIDTH)[None, :]
+    word = tl.load(values[:, None] + WIDTH + column[None, :], mask=inside, other=0)
+    share = tl.where(is_fresh, 1 - interpolation[:, None], last * interpolation[:, None])
+    to_weight = tl.sum(row * word[:, None, :], 2)
+    to_word = tl.sum((share * gate[:, None])[:, :, None] * row, 1)
+    to_gate = tl.sum(to_weight * share, 1) * gate * (1 - gate)
+    to_interpolation = tl.sum(to_weight * gate[:, None] * tl.where(is_fresh, -1, last), 1)
+    to_interpolation *= interpolation * (1 - interpolation)
+    linked += to_weight * (gate * interpolation)[:, None]
+    tl.store(to_last + place, linked, mask=is_last)
+    tl.store(to_values[:, None] - WIDTH + column[None, :], to_word, mask=inside)
+    tl.store(to_values + 1, to_gate, mask=is_head)
+    tl.store(to_values + 2, to_interpolation, mask=is_head)
+
+
 @kernel(
     do_not_specialize=["support", "capacity"],
     do_not_specialize_on_alignment=[
@@ -214,8 +292,8 @@ def write_backward(
 def write_backward_kernel(
     buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support, capacity,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, K: tl.constexpr, NEIGHBOURS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, K: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    GROUPS: tl.constexpr, READ_SIZE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of the rows that were read to the buffer [B, C, W]; out of it to words and
     gates in values [B, H, I], and added to last read weights [B, H, S]. At erased rows the gradient
@@ -224,19 +302,20 @@ def write_backward_kernel(
     b = tl.program_id(0).to(tl.int64)
     buffer += b * capacity * WIDTH
     reads = b * HEADS * GROUPS * K
-    add_rows(
-        buffer, ids + reads, to_rows + reads * WIDTH, HEADS, WIDTH, COLUMNS, K, NEIGHBOURS, GROUPS
-    )  # fmt: skip
-    written = support + 1
-    write_ids += b * HEADS * written
-    for head in range(0, HEADS):
-        at = b * HEADS + head
-        write_backward(
-            buffer, values + at * INPUTS, write_ids + head * written, last_weights + at * support,
-            to_values + at * INPUTS, to_last + at * support, support, WIDTH, COLUMNS, BLOCK,
+    write_ids += b * HEADS * (support + 1)
+    values += b * HEADS * INPUTS
+    to_values += b * HEADS * INPUTS
+    last_weights += b * HEADS * support
+    to_last += b * HEADS * support
+    if WHOLE:
+        at_once(
+            buffer, values, write_ids, last_weights, ids + reads, to_rows + reads * WIDTH,
+            to_values, to_last, support, HEADS, HEAD_SIZE, INPUTS, WIDTH, COLUMNS, SUPPORT,
+            HEADS * GROUPS * K, READ_SIZE,
         )  # fmt: skip
-    tl.debug_barrier()  # all heads have seen the erased rows
-    head = tl.arange(0, HEAD_SIZE)
-    fresh = tl.load(write_ids + head * written + support, mask=head < HEADS, other=0)
-    nothing = tl.zeros([HEAD_SIZE, COLUMNS], buffer.dtype.element_ty)
-    store_rows(buffer, fresh, head < HEADS, nothing, WIDTH, COLUMNS)
+    else:
+        piece_by_piece(
+            buffer, values, write_ids, last_weights, ids + reads, to_rows + reads * WIDTH,
+            to_values, to_last, support, HEADS, HEAD_SIZE, INPUTS, WIDTH, COLUMNS, K, NEIGHBOURS,
+            GROUPS, BLOCK,
+        )  # fmt: skip

@@ -129,7 +129,8 @@ def mark(last_access, time, ids, weights, count, other_ids, other_weights, total
 @kernel(
     do_not_specialize=["support", "parts", "capacity", "time", "stride"],
     do_not_specialize_on_alignment=[
-        "touched", "values", "last_weights", "ids", "rows", "weights", "reads",
+        "touched", "values", "last_weights", "write_ids", "write_weights", "ids", "rows", "weights",
+        "reads",
     ],
 )  # fmt: skip
 def read_kernel(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsemem.memory.store import EpisodeStore
 
 TILE = 4096  # numbers that a program works on at once
+MAX_READS = 32  # of an element that one program adds up at once
 SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
 PART_ROWS = 256  # that a program searches, at least, if a search is divided
@@ -154,11 +155,13 @@ def write_step(
     """Choose fresh rows, erase them, write. Made: `write`, and [B] what is touched then."""
     batch, heads, support = last.ids.shape
     memory = (store.rows, store.norms, store.order.last_access, store.touched)
+    entries = padded(heads) * sizes.support
+    whole = entries * max(entries, sizes.columns) <= TILE
     block = sizes.block(heads * (sizes.read + 1))
     write_kernel[(batch,)](
         *memory, touched, values, *last, *write, support, store.rows.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
-        SCAN=SCAN, BLOCK=block, num_warps=max(4, warps_for(block * sizes.columns)),
+        SCAN=SCAN, WHOLE=whole, BLOCK=block, num_warps=max(4, warps_for(block * sizes.columns)),
     )  # fmt: skip
     store.touched, store.extent = touched, min(store.extent + heads, store.num_slots)
     store.version += 1
@@ -179,11 +182,12 @@ def search_step(
     parts = parts_of(store.extent + sizes.top_k, batch * sizes.heads)
     shape = (batch, sizes.heads, parts, sizes.top_k)
     keys = touched.new_empty(shape) if room is None else room[: prod(shape)].view(shape)
-    block = min(max(TILE // sizes.columns, MIN_SIZE), 128)
+    block = min(max(2 * TILE // sizes.columns, MIN_SIZE), 256)
     search_kernel[(batch, sizes.heads, parts)](
         store.rows, store.norms, touched, values, keys, capacity,
         HEADS=sizes.heads, **sizes.common, K=sizes.top_k, NEIGHBOURS=sizes.neighbours,
         SCAN=block, GRID=2.0 ** GRID_BITS[sizes.dtype], ROUNDING=ROUNDING[sizes.dtype],
+        num_warps=8,
     )  # fmt: skip
     return keys
 
@@ -283,9 +287,13 @@ def backward_step(
         to_last, support, to_reads.stride(0),
         HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
     )  # fmt: skip
+    reads, written = heads * sizes.read, padded(heads) * sizes.support * sizes.columns
+    whole = reads <= MAX_READS and written <= TILE
+    warps = {"num_warps": max(4, warps_for(written))} if whole else {}
     write_backward_kernel[(batch,)](
         buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
         buffer.shape[1],
-        HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, **sizes.reading,
-        GROUPS=3 if sizes.linked else 1, BLOCK=sizes.block(sizes.read + 1),
+        HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
+        **{**sizes.reading, **warps}, GROUPS=3 if sizes.linked else 1, READ_SIZE=padded(reads),
+        WHOLE=whole, BLOCK=sizes.block(sizes.read + 1),
     )  # fmt: skip

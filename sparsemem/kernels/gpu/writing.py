@@ -46,7 +46,7 @@ def store_entries(
 ):  # fmt: skip
     """alpha (gamma wR_{t-1} + (1 - gamma) I): last step's reads, then the fresh row (eq. 5).
 
-    The highest position written.
+    Ids, -1 behind them, and weights [H, S + 1].
     """
     head, entry = tl.arange(0, HEAD_SIZE), tl.arange(0, SUPPORT)
     gates = values + head * INPUTS + 2 * WIDTH
@@ -55,14 +55,44 @@ def store_entries(
     is_last = (head < HEADS)[:, None] & (entry < support)[None, :]
     is_fresh = (head < HEADS)[:, None] & (entry == support)[None, :]
     at = head[:, None] * support + entry[None, :]
-    id = tl.load(last_ids + at, mask=is_last, other=0)
+    id = tl.load(last_ids + at, mask=is_last, other=-1)
     weight = tl.load(last_weights + at, mask=is_last, other=0) * interpolation[:, None]
     id = tl.where(is_fresh, fresh[:, None], id)
     weight = tl.where(is_fresh, 1 - interpolation[:, None], weight) * gate[:, None]
     at = head[:, None] * (support + 1) + entry[None, :]
     tl.store(ids + at, id, mask=is_last | is_fresh)
     tl.store(weights + at, weight, mask=is_last | is_fresh)
-    return tl.max(tl.max(id, 1), 0)
+    return id, weight
+
+
+@kernel
+def add_all_words(
+    rows, norms, values, id, weight, support,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, SUPPORT: tl.constexpr,
+):  # fmt: skip
+    """Change the rows of all entries [H, S + 1], each with what all of them add to its row."""
+    SIZE: tl.constexpr = HEAD_SIZE * SUPPORT
+    head, entry, at = tl.arange(0, HEAD_SIZE), tl.arange(0, SUPPORT), tl.arange(0, SIZE)
+    row_id = tl.reshape(id, [SIZE])
+    row = load_rows(rows, row_id, row_id >= 0, WIDTH, COLUMNS)
+    same = (row_id[:, None, None] == id[None, :, :]).to(tl.int32)
+    share = tl.sum(tl.where(same > 0, weight[None, :, :], 0), 2)
+    is_at = tl.max(same, 2)  # 0 times not-a-number would be one elsewhere
+    added = tl.zeros([SIZE, COLUMNS], rows.dtype.element_ty)
+    for of in tl.static_range(HEADS):
+        word = load_vector(values + of * INPUTS + WIDTH, WIDTH, COLUMNS)
+        by_head = tl.sum(tl.where((head == of)[None, :], share, 0), 1)
+        is_by_head = tl.max(tl.where((head == of)[None, :], is_at, 0), 1) > 0
+        added += tl.where(is_by_head[:, None], by_head[:, None] * word[None, :], 0)
+    erased = tl.max(tl.max(tl.where((entry == support)[None, None, :], same, 0), 2), 1)
+    before = (head[:, None] * SUPPORT + entry[None, :])[None, :, :] < at[:, None, None]
+    earlier = tl.max(tl.max(tl.where(before, same, 0), 2), 1)
+    row = tl.where((erased > 0)[:, None], 0, row) + added
+    is_first = (row_id >= 0) & (earlier == 0)
+    tl.debug_barrier()  # several threads may have loaded what one stores
+    store_rows(rows, row_id, is_first, row, WIDTH, COLUMNS)
+    tl.store(norms + row_id, inverse_norm(row, 1), mask=is_first)
 
 
 @kernel
@@ -106,7 +136,8 @@ def write_kernel(
     rows, norms, last_access, touched, touched_after, values, last_ids, last_weights,
     ids, weights, support, capacity,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, SCAN: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Choose the fresh rows and write; grid (B,).
 
@@ -124,15 +155,20 @@ def write_kernel(
     before = tl.load(touched + b)
     stop = tl.minimum(before + HEADS, capacity).to(tl.int32)
     fresh = least_recent(last_access + b * capacity, stop, HEADS, HEAD_SIZE, SCAN)
-    highest = store_entries(
+    id, weight = store_entries(
         values, last_ids + b * HEADS * support, last_weights + b * HEADS * support, fresh, ids,
         weights, support, HEADS, HEAD_SIZE, INPUTS, WIDTH, SUPPORT,
     )  # fmt: skip
-    now = tl.maximum(before, highest + 1)
-    tl.store(touched_after + b, now)
-    tl.debug_barrier()  # ids and weights are read by other threads than stored them
-    for begin in range(0, HEADS * written, BLOCK):
-        add_words(
-            rows, norms, values, ids, weights, written, begin, HEADS, INPUTS, WIDTH, COLUMNS,
-            SUPPORT, BLOCK,
+    tl.store(touched_after + b, tl.maximum(before, tl.max(tl.max(id, 1), 0) + 1))
+    if WHOLE:
+        add_all_words(
+            rows, norms, values, id, weight, support, HEADS, HEAD_SIZE, INPUTS, WIDTH, COLUMNS,
+            SUPPORT,
         )  # fmt: skip
+    else:
+        tl.debug_barrier()  # ids and weights are read by other threads than stored them
+        for begin in range(0, HEADS * written, BLOCK):
+            add_words(
+                rows, norms, values, ids, weights, written, begin, HEADS, INPUTS, WIDTH, COLUMNS,
+                SUPPORT, BLOCK,
+            )  # fmt: skip
