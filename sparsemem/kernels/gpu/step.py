@@ -288,7 +288,7 @@ def backward_step(
         HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
     )  # fmt: skip
     reads, written = heads * sizes.read, padded(heads) * sizes.support * sizes.columns
-    whole = reads <= MAX_READS and written <= TILE
+    whole = reads <= MAX_READS and written * values.element_size() <= 4 * TILE  # float32's
     warps = {"num_warps": max(4, warps_for(written))} if whole else {}
     write_backward_kernel[(batch,)](
         buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
