@@ -1,27 +1,34 @@
 """Exact search of rows on a GPU: one pass over them in place, no [Q, N] matrix, no copy.
 
-1. `scan_tiles` multiplies tiles of rows with all queries and keeps the best score of each tile.
-2. `merge` finds the k + SPARE best tiles of each query: they hold its k best rows, with tiles to
-   spare for what step 1 has rounded.
-3. `score_tiles` scores the rows of those tiles again, each by itself, as `Metric.scores` does.
-4. `merge` finds the k best rows, by score and then id.
+1. `scan_tiles` multiplies tiles of rows with all queries and keeps, of each tile, a bound that no
+   row's score exceeds: the best product and what it may err by.
+2. `find_rows` scores the rows of the tiles with the best bounds themselves, each as
+   `Metric.scores` does, and stops when no bound left reaches the k-th best score found.
+
+So products need not be accurate for the result to be exact: rough ones cost more tiles. Beyond
+ROUGH_ROWS rows products are rough. A query for which ROUGH_TILES tiles beyond k do not suffice is
+searched again with fine products, by two launches that end at once where there are none such. Only
+where FINE_TILES tiles beyond k hold rows whose bounds reach the k-th best, rows as good as the
+k best within the error of a fine product may be returned for them. Rows that are equal have equal
+bounds, so even then ties go to the lowest ids.
 
 What must move through the GPU's memory is N W itemsize + N bytes (rows and marks), and beside
-4 Q N / ROWS bytes (the best of each tile, written; little of it is read). So the limit of a search
-of 10^6 rows of 64 float32 numbers is 86 us at 3 TB/s, and 4.3 ms for 10^8 in bfloat16.
+4 Q N / ROWS bytes (the bounds, written; little of them is read). So the limit of a search of 10^6
+rows of 64 float32 numbers is 86 us at 3 TB/s, and 4.3 ms for 10^8 in bfloat16. A rough pass needs
+2 Q N W operations beside, in bfloat16: 82 10^9 for 10^7 rows of 64 and 64 queries, or 0.2 ms at
+400 TFLOP/s; the rows take 0.6 ms in float32, and 0.3 ms in bfloat16, at 4.2 TB/s.
 
-*Accuracy of step 1.* A product's worth errs by (W + 16) 2^-22 |q||m| at most, no more than twice
-what a float32 sum of W products may. Float32 numbers are split into the 11 leading bits, which
-tensor cores take exactly (tf32), and a rest that loses what is under 2^-21 of the number; of the
-four products of parts the one of both rests, under 2^-20 |q||m|, is left out. Rows in bfloat16 and
-float16 are exact factors: their queries are split into three parts of 8 bits, which hold a
-float32; or, after scaling by a power of two, into two of 11 bits and float16's smallest steps,
-2^-25 of the largest number. Products of parts are exact in float32, in which they are summed. For
-l2, where |m|^2 - 2 q.m would cancel far from the origin, rows and queries are moved by a number
-in the middle of the queries. Where more than SPARE tiles beyond k hold rows whose scores differ
-from the k-th best by less than this error, but are not equal, rows as good as the k best within
-that error may be returned for them. Rows that are equal score the same in step 1, so ties go to
-the lowest ids however many there are.
+*Errors*, as shares of |q||m|. A rough product rounds queries to bfloat16, 2^-8, or float16, 2^-11
+(scaled by a power of two; its smallest steps add 2^-25 of the largest number); float32 rows are
+rounded too, which is 2^-7. A fine one takes float32 in two parts: the 11 leading bits, which tensor
+cores take exactly (tf32), and a rest that loses what is under 2^-21; of the four products of parts
+the one of both rests, under 2^-20, is left out. Or queries in three parts of 8 bits or two of 11,
+for rows that are exact factors. Sums, in float32 here and in step 2, err by (W + 16) 2^-21 at most,
+with all that follows them. For cosine the share is the error; for ip the length of each row
+counts. For l2, |m|^2 - 2 q.m would cancel far from the origin, so rows and queries are moved by a
+number in the middle of the queries; there |q||m| <= (|q|^2 + |m|^2) / 2. How many rows have a
+score within the error: of 10^7 random ones of 64 numbers, about 6 beyond the 8 best lie within
+2^-7 by cosine, since their number grows by exp(69 x) over a distance of x there.
 
 A row whose score is not a number ranks last, and a search waits for nothing on the host.
 """
@@ -39,7 +46,10 @@ from sparsemem.indexes.base import Found
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
-SPARE = 8  # tiles beyond k whose rows are scored themselves
+ROUGH_ROWS = 2**19  # beyond which a rough pass, and one for what it leaves unsure, are faster
+ROUGH_TILES, FINE_TILES = 64, 1024  # beyond k that are scored, in a rough pass and else
+ROUGH = {"float32": 2.0**-7 + 2.0**-16, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 2.0**-20}
+FINE = 2.0**-19  # what splitting leaves out of a product |q||m|, and roughly
 MOST_QUERIES = 128  # that one pass over the rows serves
 MOST_K = 128
 MOST_WIDTH = 512
@@ -60,17 +70,18 @@ class Shape(NamedTuple):
     registers: int | None = None  # of a thread, at most
 
 
-def shape_of(width: int, dtype: torch.dtype, queries: int) -> Shape:
-    """The shape for rows [N, width] of a dtype and a padded number of queries.
+def shape_of(width: int, product: str, queries: int) -> Shape:
+    """The shape for rows [N, width], a product of `Pass`, and a padded number of queries.
 
     Chosen so that what a multiprocessor has (65,536 registers, 227 KiB) takes all its programs.
     """
-    columns = max(16, power_of_two(width))
-    programs = 3 if queries <= 64 else 2
-    if dtype == torch.float32:
+    columns, few = max(16, power_of_two(width)), queries <= 64
+    if product == "float32":
         part = columns if columns <= 64 else 32
-        return Shape(64, part, 4, 3, programs, 168 if queries <= 64 else None)
-    return Shape(128, min(columns, 64), 4, 3, programs)
+        return Shape(64, part, 4, 3, 3 if few else 2, 168 if few and part == columns else None)
+    if product == "rough float32" and not few:
+        return Shape(64, min(columns, 64), 4, 3, 2)
+    return Shape(128, min(columns, 64), 4, 3, 3 if few else 2)
 
 
 def power_of_two(number: int) -> int:
@@ -99,10 +110,12 @@ def device_scan(
     k: int,
     shape: Shape | None = None,
 ) -> Found:
-    """The k best of all live rows: by score, then id. Queries are float32; `fits(table, k)`."""
+    """The k best of all live rows: by score, then id. Queries are float32; `fits(table, k)`.
+
+    The shape is that of the first pass.
+    """
     scores = queries.new_empty(len(queries), k)
     ids = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
-    found = Found(scores, ids)
     if not table.extent:
         return Found(scores.fill_(metric.missing), ids.fill_(-1))
     with torch.cuda.device_of(table.rows):  # type: ignore[no-untyped-call]
@@ -110,7 +123,7 @@ def device_scan(
             stop = start + MOST_QUERIES
             part = Found(scores[start:stop], ids[start:stop])
             fill(part, table, metric, queries[start:stop].contiguous(), shape)
-    return found
+    return Found(scores, ids)
 
 
 def fill(
@@ -118,94 +131,101 @@ def fill(
     table: RowTable,
     metric: Metric,
     queries: Float[Tensor, "Q W"],
-    shape: Shape | None,
+    shape: Shape | None = None,
 ) -> None:
     """Search for at most MOST_QUERIES queries, and write what is found into `found`."""
-    wanted = found.ids.shape[1] + SPARE
-    padded = max(16, power_of_two(len(queries)))
-    shape = shape or shape_of(table.width, table.rows.dtype, padded)
-    best, heads = scan_tiles(table, metric, queries, padded, shape)
-    tiles = merge_tiles(best, heads, len(queries), wanted)
-    keys, greatest = score_tiles(table, metric, queries, tiles, shape)
-    merge_rows(keys, greatest, found, metric)
+    unsure = torch.ones(len(queries), dtype=torch.int32, device=queries.device)
+    work = Work(table, metric, queries, middle(queries) if metric is Metric.l2 else queries, unsure)
+    if table.extent <= ROUGH_ROWS:
+        one_pass(work, found, pass_of(table, metric, rough=False), shape)
+        return
+    one_pass(work, found, pass_of(table, metric, rough=True), shape)
+    one_pass(work, found, pass_of(table, metric, rough=False))
 
 
-def scan_tiles(
-    table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], padded: int, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """Step 1: the best worth of each tile [T, padded], and the best key of each program's tiles."""
+class Work(NamedTuple):
+    """What both passes of a search share."""
+
+    table: RowTable
+    metric: Metric
+    queries: Tensor  # [Q, W]
+    center: Tensor  # [W]
+    unsure: Tensor  # [Q], 1 for what is to be searched for, and 0 once that is done
+
+
+class Pass(NamedTuple):
+    """How products are made, and what that means for their accuracy."""
+
+    product: str  # of `scan_kernels.product`
+    error: float  # see above
+    most: int  # tiles beyond k that are scored
+
+
+def pass_of(table: RowTable, metric: Metric, *, rough: bool) -> Pass:
+    """A pass over the rows of a table."""
+    # Half numbers less the middle of the queries have more bits than half numbers hold.
+    name = DTYPES[torch.float32 if metric is Metric.l2 else table.rows.dtype]
+    split = ROUGH[name] if rough else FINE
+    product = ("rough float32" if name == "float32" else "rough") if rough else name
+    share = 0.5 if metric is Metric.l2 else 1.0
+    error = share * split + (table.width + 16) * 2.0**-21
+    return Pass(product, error, ROUGH_TILES if rough else FINE_TILES)
+
+
+def one_pass(work: Work, found: Found, kind: Pass, shape: Shape | None = None) -> None:
+    """Both steps; writes into `found` and `work.unsure`."""
+    if shape is None:
+        padded = max(16, power_of_two(len(work.queries)))
+        shape = shape_of(work.table.width, kind.product, padded)
+    best, heads = scan_tiles(work, kind, shape)
+    find_rows(work, kind, shape, best, heads, found)
+
+
+def scan_tiles(work: Work, kind: Pass, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Step 1: bounds of the worths of each tile [T, Q], and the best key of each program's tiles.
+
+    Q is the padded number of queries.
+    """
     from sparsemem.indexes import scan_kernels
 
+    table, queries = work.table, work.queries
+    padded = max(16, power_of_two(len(queries)))
     tiles = -(-table.extent // shape.rows)
     programs = min(tiles, shape.programs * multiprocessors(queries.device))
     best = torch.empty(tiles, padded, device=queries.device)
     heads = torch.empty(padded, programs, dtype=torch.int64, device=queries.device)
-    center = middle(queries) if metric is Metric.l2 else queries
     scan_kernels.scan_tiles[(programs,)](
-        table.rows, marks(table), queries, center, best, heads,
+        table.rows, marks(table), queries, work.center, work.unsure, best, heads,
         len(queries), table.extent, tiles, programs,
         STRIDE=table.rows.stride(0), WIDTH=table.width,
         PART=shape.part, PARTS=-(-table.width // shape.part),
         ROWS=shape.rows, QUERIES=padded, STAGES=shape.stages, AHEAD=AHEAD,
-        METRIC=str(metric), PRODUCT=DTYPES[table.rows.dtype],
-        TURNED=table.rows.dtype != torch.float32 and padded >= 64,
+        METRIC=str(work.metric), PRODUCT=kind.product,
+        TURNED="float32" not in kind.product and padded >= 64,
+        ERROR=kind.error,
         num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
     return best, heads
 
 
-def merge_tiles(best: Tensor, heads: Tensor, count: int, wanted: int) -> Tensor:
-    """Step 2: the numbers of the `wanted` best tiles of each query [Q, C], -1 for none."""
-    (tiles, padded), programs = best.shape, heads.shape[1]
-    chosen = heads.new_empty(count, wanted)
-    strides = 1, padded, programs * padded
-    merge(best, heads[:count], chosen, best, tiles, -(-tiles // programs), strides, False, 1)
-    return chosen
-
-
-def score_tiles(
-    table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], tiles: Tensor, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """Step 3: the keys of the rows of each query's tiles [Q, C, ROWS], and the best of each."""
-    from sparsemem.indexes import scan_kernels
-
-    keys = tiles.new_empty(*tiles.shape, shape.rows)
-    greatest = torch.empty_like(tiles)
-    scan_kernels.score_tiles[tuple(tiles.shape)](
-        table.rows, marks(table), queries, tiles, keys, greatest, table.extent, tiles.shape[1],
-        STRIDE=table.rows.stride(0), WIDTH=table.width,
-        PART=shape.part, PARTS=-(-table.width // shape.part), ROWS=shape.rows, METRIC=str(metric),
-    )  # fmt: skip
-    return keys, greatest
-
-
-def merge_rows(keys: Tensor, greatest: Tensor, found: Found, metric: Metric) -> None:
-    """Step 4: the best of the rows scored in step 3."""
-    _, tiles, rows = keys.shape
-    strides = tiles * rows, rows, 1
-    merge(keys, greatest, found.ids, found.scores, rows, rows, strides, True, metric.sign)
-
-
-def merge(
-    lists: Tensor,
-    heads: Tensor,
-    numbers: Tensor,
-    scores: Tensor,
-    length: int,
-    members: int,
-    strides: tuple[int, int, int],
-    keyed: bool,
-    sign: int,
+def find_rows(
+    work: Work, kind: Pass, shape: Shape, best: Tensor, heads: Tensor, found: Found
 ) -> None:
-    """The best of lists of `members` each, given the heads [Q, L] of the lists: see the kernels."""
+    """Step 2: the best rows of the best tiles, as many as may matter."""
     from sparsemem.indexes import scan_kernels
 
-    (queries, count), wanted = heads.shape, numbers.shape[1]
-    given = lists, heads, numbers, scores, count, length, members, wanted, *strides
-    places = min(max(64, power_of_two(members)), MOST_MEMBERS)
-    scan_kernels.merge[(queries,)](
-        *given, LISTS=power_of_two(count), MEMBERS=places, KEYED=keyed, SIGN=sign,
-        num_warps=1 if places <= 128 else 4,
+    table, (tiles, padded) = work.table, best.shape
+    (count, k), programs = found.ids.shape, heads.shape[1]
+    members = -(-tiles // programs)
+    scan_kernels.find_rows[(count,)](
+        table.rows, marks(table), work.queries, work.center, work.unsure, best, heads, *found,
+        table.extent, tiles, programs, members, k, k + kind.most,
+        STRIDE=table.rows.stride(0), WIDTH=table.width,
+        PART=shape.part, PARTS=-(-table.width // shape.part), ROWS=shape.rows, QUERIES=padded,
+        LISTS=power_of_two(shape.programs * multiprocessors(best.device)),
+        MEMBERS=min(max(64, power_of_two(members)), MOST_MEMBERS), KEPT=max(16, power_of_two(k)),
+        METRIC=str(work.metric), SIGN=work.metric.sign,
+        ERROR=kind.error,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the exact search on a GPU: scan tiles of rows, merge lists, score rows themselves.
+"""The kernels of the exact search on a GPU: scan tiles of rows; find rows in the best of them.
 
 A *key* is a worth (a score in the direction in which more is better) and a number in one int64:
 the greater key has the greater worth, or the same worth and the smaller number. So the order of
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-(2**63))  # below the key of any row
+MOST = tl.constexpr(2**63 - 1)  # above the key of any row
 LAST = tl.constexpr(2**31 - 1)  # the greatest number that a key holds
 WORST = tl.constexpr(-3.4028234663852886e38)  # of a live row whose score is not a number
 LEAST_SCALE = tl.constexpr(2.0**-20)
@@ -64,10 +65,11 @@ def halves(values):
 
 @kernel
 def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
-    """rows [ROWS, w] . queries [w, Q], summed in float32: `device_scan` has the error.
+    """rows [ROWS, w] . queries [w, Q], summed in float32: `device_scan` has the errors.
 
-    Rows in float32 (`wide`) are split in two, as their queries are; queries of other rows in two
-    or three. Turned, the queries are what stays in registers: cheaper for many of them.
+    Rough ones round both to 16 bits, or the queries alone where rows (`wide` in float32) have no
+    more. Fine ones split float32 rows in two, as their queries; queries of other rows in two or
+    three. Turned, the queries are what stays in registers: cheaper for many of them.
     """
     if PRODUCT == "float32":
         high, low = halves(wide)
@@ -75,6 +77,8 @@ def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
         sums = tl.dot(high, query_low, input_precision="tf32")
         sums = tl.dot(low, query_high, sums, input_precision="tf32")
         sums = tl.dot(high, query_high, sums, input_precision="tf32")
+    elif PRODUCT == "rough float32":
+        sums = tl.dot(wide.to(tl.bfloat16), queries.to(tl.bfloat16))
     else:
         if TURNED:
             queries = tl.trans(queries)
@@ -84,15 +88,18 @@ def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
         third = (rest - second.to(tl.float32)).to(rows.dtype)
         if TURNED:
             turned = tl.trans(rows)
-            sums = tl.dot(second, turned)
+            sums = tl.dot(first, turned)
+            if PRODUCT != "rough":
+                sums = tl.dot(second, turned, sums)
             if PRODUCT == "bfloat16":
                 sums = tl.dot(third, turned, sums)
-            sums = tl.trans(tl.dot(first, turned, sums))
+            sums = tl.trans(sums)
         else:
-            sums = tl.dot(rows, second)
+            sums = tl.dot(rows, first)
+            if PRODUCT != "rough":
+                sums = tl.dot(rows, second, sums)
             if PRODUCT == "bfloat16":
                 sums = tl.dot(rows, third, sums)
-            sums = tl.dot(rows, first, sums)
     return sums
 
 
@@ -121,29 +128,44 @@ def float32_rows(part, center, start, WIDTH: tl.constexpr, PART: tl.constexpr,
     return wide
 
 
+@kernel
+def scale_for(largest):
+    """One by the power of two at or below the largest number of a query, were that not tiny."""
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    return 1.0 / tl.maximum(exponent.to(tl.float32, bitcast=True), LEAST_SCALE)
+
+
 @kernel(do_not_specialize=["count", "extent", "tiles", "programs"])
 def scan_tiles(
-    rows, live, queries, center, best, heads, count, extent, tiles, programs,
+    rows, live, queries, center, unsure, best, heads, count, extent, tiles, programs,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    METRIC: tl.constexpr, PRODUCT: tl.constexpr, TURNED: tl.constexpr,
+    METRIC: tl.constexpr, PRODUCT: tl.constexpr, TURNED: tl.constexpr, ERROR: tl.constexpr,
 ):  # fmt: skip
-    """The best worth in each tile, best [tiles, QUERIES]; each program's best key, heads [Q, P].
+    """Bounds of the worths in each tile, best [tiles, QUERIES]; each program's best, heads [Q, P].
 
     Program p scans the tiles p, p + P, p + 2 P, ... Worths are in units of a power of two for each
-    query, and for l2 halved and less a constant.
+    query, for l2 halved and less a constant; they lack the slack that `may_matter` adds, the
+    same for all rows. Nothing is done where no query is unsure.
     """
     CENTERED: tl.constexpr = METRIC == "l2"
     pid = tl.program_id(0)
     r = tl.arange(0, ROWS)
     w = tl.arange(0, PART)
     q = tl.arange(0, QUERIES)
+    tiles = tiles * tl.max(tl.load(unsure + q, mask=q < count, other=0), 0)  # or none at all
     largest = tl.zeros([QUERIES], tl.float32)
     for begin in tl.static_range(0, PARTS * PART, PART):
         values = queries_at(queries, center, begin, count, WIDTH, PART, QUERIES, CENTERED)
         largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    inverse = 1.0 / tl.maximum(exponent.to(tl.float32, bitcast=True), LEAST_SCALE)
+    inverse = scale_for(largest)
+    lengths = tl.zeros([QUERIES], tl.float32)
+    if METRIC == "ip":
+        for begin in tl.static_range(0, PARTS * PART, PART):
+            values = queries_at(queries, center, begin, count, WIDTH, PART, QUERIES, CENTERED)
+            values = values * inverse[None, :]
+            lengths += tl.sum(values * values, 0)
+    errors = ERROR * tl.maximum(tl.sqrt(lengths), 1.0)  # for rows of length 1, of ip
     only = queries_at(queries, center, 0, count, WIDTH, PART, QUERIES, CENTERED) * inverse[None, :]
     marks = tl.load(live + pid * ROWS + r, mask=pid * ROWS + r < extent, other=0)
     for tile in tl.range(pid, tiles, programs, num_stages=STAGES):
@@ -170,12 +192,12 @@ def scan_tiles(
                 sums += product(part, wide, some * inverse[None, :], PRODUCT, TURNED)
         # What is not live becomes not a number, which maxima pass over.
         if METRIC == "l2":
-            lengths = tl.where(there, squares, float("nan"))
-            sums = sums - lengths[:, None] * (0.5 * inverse)[None, :]
+            lessened = tl.where(there, squares * (1.0 - 2.0 * ERROR), float("nan"))
+            sums = sums - lessened[:, None] * (0.5 * inverse)[None, :]
         elif METRIC == "cosine":
             sums = sums * tl.where(there, tl.rsqrt(squares + EPSILON), float("nan"))[:, None]
         else:
-            sums = sums + tl.where(there, 0.0, float("nan"))[:, None]
+            sums = sums + tl.where(there, tl.sqrt(squares), float("nan"))[:, None] * errors[None, :]
         none = tl.where(tl.max(there.to(tl.int32), 0) > 0, WORST, float("-inf"))
         worth = tl.max(sums, 0)
         worth = tl.where(worth > WORST, worth, none)  # none, too, if there are no numbers
@@ -190,74 +212,33 @@ def scan_tiles(
     tl.store(heads + q * programs + pid, head)
 
 
-@kernel(do_not_specialize=["count", "length", "members", "wanted", "query_stride", "member_stride"])
-def merge(
-    lists, heads, numbers, scores, count, length, members, wanted,
-    query_stride, list_stride, member_stride,
-    LISTS: tl.constexpr, MEMBERS: tl.constexpr, KEYED: tl.constexpr, SIGN: tl.constexpr,
-):  # fmt: skip
-    """The `wanted` greatest keys of a query's lists, in order, given the greatest of each list.
-
-    Not keyed: the lists hold worths, list l those of the numbers l, l + count, ... below `length`.
-    Keyed: they hold `length` keys each, and scores are stored too.
-    """
-    query = tl.program_id(0)
-    g = tl.arange(0, LISTS)
-    front = tl.load(heads + query * count + g, mask=g < count, other=NOTHING)
-    for place in range(wanted):
-        key = tl.max(front, 0)
-        tl.store(numbers + query * wanted + place, numbers_of(key))
-        if KEYED:
-            tl.store(scores + query * wanted + place, worth_of(key) * SIGN)
-        source = tl.max(tl.where((front == key) & (g < count), g, 0), 0)
-        base = lists + query.to(tl.int64) * query_stride + source.to(tl.int64) * list_stride
-        following = tl.max(tl.full([MEMBERS], NOTHING, tl.int64), 0)
-        for start in range(0, members, MEMBERS):
-            i = start + tl.arange(0, MEMBERS)
-            if KEYED:
-                keys = tl.load(base + i, mask=i < length, other=NOTHING)
-            else:
-                number = source + i * count
-                offsets = i.to(tl.int64) * member_stride
-                worth = tl.load(base + offsets, mask=number < length, other=float("-inf"))
-                keys = keys_of(worth, number)
-            following = tl.maximum(following, tl.max(tl.where(keys < key, keys, NOTHING), 0))
-        front = tl.where(g == source, following, front)
-
-
-@kernel(do_not_specialize=["extent", "wanted"])
-def score_tiles(
-    rows, live, queries, tiles, keys, heads, extent, wanted,
+@kernel
+def keys_in_tile(
+    rows, live, query, length, tile, extent,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, METRIC: tl.constexpr,
 ):  # fmt: skip
-    """The key of each row of a query's tiles, as `Metric.scores` has it; and each tile's greatest.
+    """The key of each row of a tile, as `Metric.scores` has it.
 
     Row by row, so that equal rows have equal scores wherever they stand.
     """
-    query = tl.program_id(0)
-    place = query * wanted + tl.program_id(1)
-    tile = tl.load(tiles + place)
-    r = tl.arange(0, ROWS)
-    row = tile * ROWS + r
+    row = tile * ROWS + tl.arange(0, ROWS)
     inside = (row >= 0) & (row < extent)
     there = tl.load(live + row, mask=inside, other=0) != 0
     dots = tl.zeros([ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    length = tl.zeros([1], tl.float32)
     for start in tl.static_range(0, PARTS * PART, PART):
         w = start + tl.arange(0, PART)
         present = inside[:, None] & (w < WIDTH)[None, :]
         part = tl.load(rows + row[:, None] * STRIDE + w[None, :], mask=present, other=0.0)
         wide = part.to(tl.float32)
-        own = tl.load(queries + query * WIDTH + w, mask=w < WIDTH, other=0.0)
+        own = tl.load(query + w, mask=w < WIDTH, other=0.0)
         if METRIC == "l2":
             wide = wide - own[None, :]
         else:
             dots += tl.sum(wide * own[None, :], 1)
         if METRIC != "ip":
             squares += tl.sum(wide * wide, 1)
-        length += tl.sum(own * own, 0)
     if METRIC == "l2":
         worth = -squares
     elif METRIC == "cosine":
@@ -265,6 +246,99 @@ def score_tiles(
     else:
         worth = dots
     worth = tl.where(worth > WORST, worth, WORST)  # false for what is not a number
-    found = keys_of(tl.where(there, worth, float("-inf")), row)
-    tl.store(keys + place.to(tl.int64) * ROWS + r, found)
-    tl.store(heads + place, tl.max(found, 0))
+    return keys_of(tl.where(there, worth, float("-inf")), row)
+
+
+@kernel
+def next_in_list(
+    best, query, key, source, tiles, programs, members,
+    QUERIES: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """The greatest key below one of the tiles that program `source` has scanned."""
+    following = tl.max(tl.full([MEMBERS], NOTHING, tl.int64), 0)
+    for start in range(0, members, MEMBERS):
+        number = source + (start + tl.arange(0, MEMBERS)) * programs
+        offsets = number.to(tl.int64) * QUERIES + query
+        worth = tl.load(best + offsets, mask=number < tiles, other=float("-inf"))
+        keys = keys_of(worth, number)
+        following = tl.maximum(following, tl.max(tl.where(keys < key, keys, NOTHING), 0))
+    return following
+
+
+@kernel
+def may_matter(key, least, inverse, length, METRIC: tl.constexpr, ERROR: tl.constexpr):
+    """Whether a row of the tile of a key may be better than the k-th best row so far, as int32."""
+    worth = worth_of(least)
+    if METRIC == "l2":
+        worth = 0.5 * inverse * (length + worth)
+        slack = ERROR * inverse * length
+    elif METRIC == "cosine":
+        worth = inverse * tl.sqrt(length + EPSILON) * worth
+        slack = ERROR * tl.maximum(inverse * tl.sqrt(length), 1.0)
+    else:
+        worth = inverse * worth
+        slack = 0.0
+    better = (worth_of(key) + slack >= worth) | (least == NOTHING)
+    return ((key != NOTHING) & better).to(tl.int32)
+
+
+@kernel(do_not_specialize=["extent", "tiles", "programs", "members", "k", "most"])
+def find_rows(
+    rows, live, queries, center, unsure, best, heads, scores, ids,
+    extent, tiles, programs, members, k, most,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr, LISTS: tl.constexpr, MEMBERS: tl.constexpr,
+    KEPT: tl.constexpr, METRIC: tl.constexpr, SIGN: tl.constexpr, ERROR: tl.constexpr,
+):  # fmt: skip
+    """Score tiles from the best on until no other may matter, at most `most`; keep k rows.
+
+    For queries that are unsure; those for which more tiles might matter are so afterwards.
+    """
+    query = tl.program_id(0)
+    g = tl.arange(0, LISTS)
+    slot = tl.arange(0, KEPT)
+    asked = tl.load(unsure + query)
+    most = most * asked
+    own = queries + query * WIDTH
+    largest = tl.max(tl.zeros([PART], tl.float32), 0)
+    length = tl.max(tl.zeros([PART], tl.float32), 0)
+    for start in tl.static_range(0, PARTS * PART, PART):
+        w = start + tl.arange(0, PART)
+        values = tl.load(own + w, mask=w < WIDTH, other=0.0)
+        if METRIC == "l2":
+            values = values - tl.load(center + w, mask=w < WIDTH, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+        length += tl.sum(values * values, 0)
+    inverse = scale_for(largest)
+    front = tl.load(heads + query * programs + g, mask=g < programs, other=NOTHING)
+    kept = tl.full([KEPT], NOTHING, tl.int64)
+    least = tl.min(kept, 0)  # of the k kept
+    key = tl.max(front, 0)
+    seen = most * 0
+    going = may_matter(key, least, inverse, length, METRIC, ERROR)
+    while (going != 0) & (seen < most):
+        found = keys_in_tile(
+            rows, live, own, length, numbers_of(key), extent,
+            STRIDE, WIDTH, PART, PARTS, ROWS, METRIC,
+        )  # fmt: skip
+        source = tl.max(tl.where((front == key) & (g < programs), g, 0), 0)
+        following = next_in_list(
+            best, query, key, source, tiles, programs, members, QUERIES, MEMBERS
+        )
+        front = tl.where(g == source, following, front)
+        candidate = tl.max(found, 0)
+        while candidate > least:  # it takes one place of the least
+            place = tl.max(tl.where((kept == least) & (slot < k), slot, -1), 0)
+            kept = tl.where(slot == place, candidate, kept)
+            found = tl.where(found == candidate, NOTHING, found)
+            candidate = tl.max(found, 0)
+            least = tl.min(tl.where(slot < k, kept, MOST), 0)
+        key = tl.max(front, 0)
+        seen += 1
+        going = may_matter(key, least, inverse, length, METRIC, ERROR)
+    for place in range(k):
+        key = tl.max(kept, 0)
+        tl.store(ids + query * k + place, numbers_of(key), mask=asked != 0)
+        tl.store(scores + query * k + place, worth_of(key) * SIGN, mask=asked != 0)
+        kept = tl.where(kept == key, NOTHING, kept)
+    tl.store(unsure + query, going * asked)

@@ -28,9 +28,17 @@ FLOAT32 = 2e-6  # what a float32 score may err by, as a share of the greatest
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_faster(request, monkeypatch):
-    if "triton_device" in request.fixturenames:
-        monkeypatch.setattr(device_scan, "SPARE", 2)
+def _the_interpreter_truncates(monkeypatch):
+    """Where the compiler rounds to bfloat16."""
+    if not torch.cuda.is_available():
+        twice = {name: 2 * error for name, error in device_scan.ROUGH.items()}
+        monkeypatch.setattr(device_scan, "ROUGH", twice)
+
+
+@pytest.fixture
+def rough(monkeypatch):
+    """Small tables are searched as large ones are."""
+    monkeypatch.setattr(device_scan, "ROUGH_ROWS", 0)
 
 
 class WideWork(Work):
@@ -87,9 +95,21 @@ def agrees(table: RowTable, metric: Metric, queries: torch.Tensor, k: int) -> No
     assert (better | (equal & (ids[:, :-1] < ids[:, 1:]))).all()
 
 
-@metrics
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_finds_the_best_rows(metric, dtype, triton_device):
+@pytest.mark.parametrize(
+    ("metric", "dtype"),
+    [
+        (Metric.cosine, torch.float32),
+        (Metric.ip, torch.float32),
+        (Metric.l2, torch.float32),
+        (Metric.cosine, torch.bfloat16),
+        (Metric.ip, torch.float16),
+        (Metric.l2, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("beyond", [2**19, 0], ids=["fine", "rough"])
+def test_finds_the_best_rows(metric, dtype, beyond, triton_device, monkeypatch):
+    monkeypatch.setattr(device_scan, "ROUGH_ROWS", beyond)
     live = torch.rand(837) < 0.8
     live[128:384] = False  # whole tiles of them
     table = table_of(torch.randn(837, WIDTH).to(dtype), triton_device, live)
@@ -100,25 +120,120 @@ def test_finds_the_best_rows(metric, dtype, triton_device):
 @pytest.mark.parametrize(
     ("width", "metric"), [(5, Metric.l2), (64, Metric.cosine), (100, Metric.l2)]
 )
-def test_rows_of_any_width(width, metric, dtype, triton_device):
+def test_rows_of_any_width(width, metric, dtype, triton_device, rough):
     table = table_of(torch.randn(300, width).to(dtype), triton_device)
     agrees(table, metric, torch.randn(1, width), 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_queries_in_several_passes(dtype, triton_device, monkeypatch):
+def test_many_queries_in_several_passes(dtype, triton_device, monkeypatch, rough):
     # 64 at once, and then 6: the products of half rows are turned for the first.
     monkeypatch.setattr(device_scan, "MOST_QUERIES", 64)
-    monkeypatch.setattr(device_scan, "SPARE", 1)
     table = table_of(torch.randn(300, 64).to(dtype), triton_device)
     agrees(table, Metric.cosine, torch.randn(70, 64), 1)
+
+
+@contextmanager
+def passes(monkeypatch):
+    """Which queries each pass has left unsure."""
+    seen, one_pass = [], device_scan.one_pass
+
+    def watched(work, *rest):
+        one_pass(work, *rest)
+        seen.append(work.unsure.tolist())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_scan, "one_pass", watched)
+        yield seen
+
+
+def close_rows(query: torch.Tensor, count: int, spread: float) -> torch.Tensor:
+    """Rows near to a query, of many lengths; they differ by less than rounding to 16 bits does."""
+    near = query + spread * torch.randn(count, len(query))
+    return near * torch.rand(count, 1).add(0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "dtype"),
+    [
+        (Metric.cosine, torch.float32),
+        (Metric.ip, torch.float32),
+        (Metric.l2, torch.float32),
+        (Metric.cosine, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_what_a_rough_pass_leaves_unsure_is_searched_again(
+    metric, dtype, triton_device, monkeypatch, rough
+):
+    monkeypatch.setattr(device_scan, "ROUGH_TILES", 1)
+    query = torch.randn(WIDTH)
+    rows = close_rows(query, 900, 0.01)
+    if metric is not Metric.cosine:  # for which their lengths do not matter
+        rows = rows / rows.norm(dim=1, keepdim=True) * query.norm()
+    table = table_of(rows.to(dtype), triton_device)
+    queries = torch.stack([query, 100 * torch.randn(WIDTH)])
+    with passes(monkeypatch) as seen:
+        agrees(table, metric, queries, 3)
+    assert len(seen) == 2
+    assert seen[0][0] == 1, "more tiles may matter than were scored"
+    assert seen[1] == [0, 0]
+
+
+def test_queries_that_are_sure_are_not_searched_again(triton_device, monkeypatch, rough):
+    rows = 0.1 * torch.randn(1500, WIDTH)
+    rows[[40, 700, 1400]] = torch.ones(WIDTH)
+    table = table_of(rows, triton_device)
+    with passes(monkeypatch) as seen:
+        _, ids = search(table, Metric.ip, torch.ones(2, WIDTH), 3)
+    assert seen[0] == [0, 0]
+    assert ids.tolist() == [[40, 700, 1400]] * 2
+
+
+@pytest.mark.parametrize("tiles", [0, 64])
+def test_near_ties_over_many_tiles(tiles, triton_device, monkeypatch, rough):
+    # The rows' cosines differ by some 2^-16: rough products say nothing of their order.
+    monkeypatch.setattr(device_scan, "ROUGH_TILES", tiles)
+    query = torch.randn(WIDTH)
+    table = table_of(close_rows(query, 800, 2.0**-8), triton_device)
+    _, ids = search(table, Metric.cosine, query[None], 6)
+    own = worths(table, Metric.cosine, query[None])
+    torch.testing.assert_close(own.gather(1, ids), own.topk(6).values, rtol=0, atol=3e-7)
+
+
+@metrics
+@pytest.mark.parametrize("product", ["rough float32", "rough", "float32", "bfloat16"])
+def test_no_score_exceeds_the_bound_of_its_tile(metric, product, triton_device):
+    half = product in ("rough", "bfloat16")
+    if half and metric is Metric.l2:
+        pytest.skip("half rows are moved, and then no longer half")
+    rows = torch.rand(1000, WIDTH, dtype=torch.float64).add(0.5).float()  # all errors add up
+    table = table_of(rows.bfloat16() if half else rows, triton_device)
+    queries = torch.rand(5, WIDTH).add(0.5).to(triton_device)
+    kind = device_scan.pass_of(table, metric, rough="rough" in product)
+    assert kind.product == product
+    center = device_scan.middle(queries) if metric is Metric.l2 else queries
+    unsure = torch.ones(5, dtype=torch.int32, device=triton_device)
+    work = device_scan.Work(table, metric, queries, center, unsure)
+    shape = shape_of(WIDTH, product, 16)
+    best, _ = device_scan.scan_tiles(work, kind, shape)
+    moved = (queries - center if metric is Metric.l2 else queries).double()
+    scale, length = moved.abs().amax(1).log2().floor().exp2(), moved.norm(dim=1)
+    own, slack = worths(table, metric, queries), torch.zeros_like(length)
+    if metric is Metric.l2:
+        own, slack = (own + length[:, None].square()) / 2, kind.error * length.square()
+    elif metric is Metric.cosine:
+        own, slack = own * length[:, None], kind.error * length
+    units = (own / scale[:, None]).split(shape.rows, 1)
+    highest = torch.stack([part.amax(1) for part in units])
+    assert (highest <= best[:, :5].double() + slack / scale).all()
 
 
 def test_lists_that_are_looked_through_in_pieces(triton_device, monkeypatch):
     monkeypatch.setattr(device_scan, "MOST_MEMBERS", 64)
     monkeypatch.setattr(device_scan, "AHEAD", 16)
     monkeypatch.setattr(device_scan, "multiprocessors", lambda device: 1)
-    shape = shape_of(WIDTH, torch.float32, 16)._replace(programs=1)
+    shape = shape_of(WIDTH, "float32", 16)._replace(programs=1)
     monkeypatch.setattr(device_scan, "shape_of", lambda *sizes: shape)
     live = torch.rand(4500) < 0.02
     table = table_of(torch.randn(4500, WIDTH), triton_device, live)
@@ -312,9 +427,10 @@ def test_what_the_kernels_can_search():
 
 
 def test_columns_are_a_power_of_two_that_a_product_takes():
-    assert shape_of(5, torch.float32, 16) == Shape(64, 16, 4, 3, 3, 168)
-    assert shape_of(100, torch.float32, 128) == Shape(64, 32, 4, 3, 2, None)
-    assert shape_of(64, torch.bfloat16, 64) == Shape(128, 64, 4, 3, 3, None)
+    assert shape_of(5, "float32", 16) == Shape(64, 16, 4, 3, 3, 168)
+    assert shape_of(100, "float32", 128) == Shape(64, 32, 4, 3, 2, None)
+    assert shape_of(64, "bfloat16", 64) == Shape(128, 64, 4, 3, 3, None)
+    assert shape_of(64, "rough float32", 64) == Shape(128, 64, 4, 3, 3, None)
 
 
 @settings(max_examples=3, suppress_health_check=list(HealthCheck), database=None)
