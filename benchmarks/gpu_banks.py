@@ -1,8 +1,10 @@
 """A part of scripts/gpu_check: exact reads of banks, against what must move, FAISS, and torch.
 
 Rows of width 64, top 8, cosine. The limit of a read is the time of moving all rows, and a mark of
-each, once at the bandwidth of a copy. A training step is a read, its backward pass, and the row
-optimiser's step.
+each, once at the bandwidth of a copy. Beside it stands what its products take, each number of a row
+with each query once, at the speed of torch's products of bfloat16 matrices: whichever is longer
+bounds the read. A captured search is one without the host's part. A training step is a read, its
+backward pass, and the row optimiser's step.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from gpu_common import Figures, Options, Results, copy_bandwidth, measure, optio
 from torch import Tensor
 
 from sparsemem import MemoryBank, RowAdam, RowSGD
+from sparsemem.indexes.device_scan import device_scan
 from sparsemem.indexes.knn_gpu import knn_gpu
 from sparsemem.indexes.metrics import Metric
 
 WIDTH, TOP_K = 64, 8
 AT_ONCE = 2**20  # rows that are made, or multiplied, at a time
 GOAL = 1.5  # a read's time by its limit
+PRODUCT = 8192  # rows and columns of the matrices whose product gives the speed of products
 
 
 class Size(NamedTuple):
@@ -31,6 +35,13 @@ class Size(NamedTuple):
     rows: int
     dtype: torch.dtype
     trained: bool
+
+
+class Speed(NamedTuple):
+    """What the device has shown that it can do, each a second."""
+
+    bytes: float | None  # moved
+    operations: float | None  # of products of bfloat16 matrices
 
 
 SIZES = (
@@ -45,7 +56,11 @@ def main() -> None:
     given = options(__doc__ or "")
     results = Results(given.results, given.seconds)
     results.run("copy", lambda: {"bytes_a_second": copy_bandwidth(given.device, given.tiny)})
-    speed = results.figures["copy"].get("bytes_a_second")
+    results.run("product", lambda: product_speed(given))
+    speed = Speed(
+        results.figures["copy"].get("bytes_a_second"),
+        results.figures["product"].get("operations_a_second"),
+    )
     for size in SIZES:
         if given.tiny:
             size = size._replace(rows=2_000)
@@ -55,27 +70,30 @@ def main() -> None:
 class Measured:
     """A bank full of random rows, and what it is compared with."""
 
-    def __init__(self, given: Options, size: Size, bytes_a_second: float | None) -> None:
-        self.given, self.size, self.device = given, size, given.device
+    def __init__(self, given: Options, size: Size, speed: Speed) -> None:
+        self.given, self.size, self.device, self.speed = given, size, given.device, speed
         self.bank = filled(size, given.device)
         self.bytes = self.bank.keys.nbytes + size.rows
-        self.limit = None if bytes_a_second is None else 1e3 * self.bytes / bytes_a_second
+        self.limit = None if speed.bytes is None else 1e3 * self.bytes / speed.bytes
 
     def figures(self, results: Results) -> Figures:
-        """Reads of 64 and 256 queries, then training; kept as they come."""
+        """Reads of 16, 64 and 256 queries, then training; kept as they come."""
         found: Figures = {"rows": self.size.rows, "dtype": str(self.size.dtype)}
         found["bytes"], found["limit_ms"] = self.bytes, self.limit
         works: dict[str, Callable[[], Figures]] = {}
-        for number in (64, 256):
+        for number in (16, 64, 256):
             queries = self.queries(number)
             works[f"{number} agreement"] = partial(self.agreement, queries)
             works[f"{number} read"] = partial(self.read, queries)
             works[f"{number} search"] = partial(self.search, queries)
-            works[f"{number} faiss"] = partial(self.faiss, queries)
-            works[f"{number} torch"] = partial(self.torch, queries)
+            if number > 16:
+                works[f"{number} faiss"] = partial(self.faiss, queries)
+                works[f"{number} torch"] = partial(self.torch, queries)
         if self.size.trained:
             for kind in (RowSGD, RowAdam):
                 works[f"64 step {kind.__name__}"] = partial(self.step, kind, self.queries(64))
+        for number in (16, 64):
+            works[f"{number} captured search"] = partial(self.captured, self.queries(number))
         for name, work in works.items():
             if results.seconds_left < 3:
                 found[name] = {"skipped": "no time was left"}
@@ -98,28 +116,44 @@ class Measured:
     def read(self, queries: Tensor) -> Figures:
         """`MemoryBank.read`, without gradients."""
         with torch.no_grad():
-            return self.against_limit(lambda: self.bank.read(queries, TOP_K))
+            return self.against_limit(lambda: self.bank.read(queries, TOP_K), len(queries))
 
     def search(self, queries: Tensor) -> Figures:
         """The index alone."""
         with torch.no_grad():
-            return self.against_limit(lambda: self.bank.index.search(queries, TOP_K))
+            return self.against_limit(lambda: self.bank.index.search(queries, TOP_K), len(queries))
 
-    def against_limit(self, work: Callable[[], object]) -> Figures:
+    def captured(self, queries: Tensor) -> Figures:
+        """The scan alone, launched by the device."""
+        if self.device.type != "cuda":
+            return {"skipped": "needs a GPU"}
+        scan = partial(device_scan, self.bank.index.table, Metric.cosine, queries, TOP_K)
+        scan()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            scan()
+        return self.against_limit(graph.replay, len(queries))
+
+    def against_limit(self, work: Callable[[], object], queries: int) -> Figures:
         """Times, and their ratio to the limit."""
         found = measure(work, self.device)
         if self.limit is not None:
             found["to_limit"] = round(found["ms"] / self.limit, 2)
+        if self.speed.operations is not None:
+            operations = 2 * queries * self.size.rows * WIDTH
+            found["products_ms"] = round(1e3 * operations / self.speed.operations, 4)
         return found
 
     def faiss(self, queries: Tensor) -> Figures:
         """FAISS's brute force on the GPU, on the same tensor (inner products: no norms to make)."""
         rows = self.bank.keys.data
-        return self.against_limit(partial(brute_force(self.device), rows, queries))
+        return self.against_limit(partial(brute_force(self.device), rows, queries), len(queries))
 
     def torch(self, queries: Tensor) -> Figures:
         """A product and topk of torch, in chunks."""
-        return self.against_limit(lambda: by_torch(self.bank.keys.data, queries, False))
+        rows = self.bank.keys.data
+        return self.against_limit(lambda: by_torch(rows, queries, False), len(queries))
 
     def agreement(self, queries: Tensor) -> Figures:
         """Of the rows that torch finds in float32, the share that the bank finds."""
@@ -139,7 +173,15 @@ class Measured:
             (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum().backward()
             optimiser.step()
 
-        return self.against_limit(step)
+        return self.against_limit(step, len(queries))
+
+
+def product_speed(given: Options) -> Figures:
+    """Operations a second of a large product of bfloat16 matrices; to multiply and add are two."""
+    size = 64 if given.tiny else PRODUCT
+    left, right = torch.randn(2, size, size, device=given.device).bfloat16()
+    taken = measure(lambda: left @ right, given.device, repetitions=15)
+    return {"operations_a_second": 2 * size**3 / (taken["ms"] * 1e-3)}
 
 
 def filled(size: Size, device: torch.device) -> MemoryBank:

@@ -123,10 +123,11 @@ def banks(figures: Figures) -> list[str]:
                 spread = f"{part['lower_ms']:.3f} .. {part['upper_ms']:.3f}"
                 shown = f"{limit:.3f}" if limit else ""
                 row = [size, name, f"{part['ms']:.3f}", spread, shown]
-                rows.append([*row, part.get("to_limit", "")])
+                rows.append([*row, part.get("to_limit", ""), part.get("products_ms", "")])
             elif isinstance(part, dict):
-                rows.append([size, name, "", str(part)[:SHOWN_MESSAGE], "", ""])
-    return table(("bank", "queries, what", "ms", "quartiles", "limit, ms", "to limit"), rows)
+                rows.append([size, name, "", str(part)[:SHOWN_MESSAGE], "", "", ""])
+    heads = ("bank", "queries, what", "ms", "quartiles", "limit, ms", "to limit", "products, ms")
+    return table(heads, rows)
 
 
 def rest(figures: Figures) -> list[str]:

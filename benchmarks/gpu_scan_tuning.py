@@ -27,27 +27,33 @@ from sparsemem.indexes.table import RowTable
 REPEATS = 20
 
 
-def shapes(width: int, dtype: torch.dtype, queries: int) -> list[Shape]:
-    """What is tried: the library's own choice first."""
-    own = shape_of(width, dtype, queries)
+def shapes(width: int, product: str, queries: int) -> list[Shape]:
+    """What is tried: the library's own choice first.
+
+    For 128 queries the sums take half of the registers: fewer rows, or twice the threads.
+    """
+    own, few = shape_of(width, product, queries), queries <= 64
     half = own.part
-    if dtype == torch.float32:
+    if "float32" in product:
         others = [
-            Shape(64, half, 4, 3, 2),
-            Shape(64, half, 4, 4, 2),
-            Shape(64, half, 4, 2, 3, 168),
-            Shape(128, half, 8, 3, 2, 128),
-            Shape(128, half, 8, 3, 1),
+            Shape(128, half, 4, 2, 3),
             Shape(128, half, 4, 3, 2),
+            Shape(128, half, 8, 3, 2),
+            Shape(64, half, 4, 3, 3, 168),
+            Shape(64, half, 4, 4, 3),
+            Shape(64, half, 4, 3, 4, 128),
         ]
     else:
         others = [
             Shape(128, half, 4, 3, 2),
             Shape(128, half, 4, 4, 3),
-            Shape(128, half, 4, 2, 4, 128),
-            Shape(64, half, 4, 3, 4),
-            Shape(256, half, 8, 3, 1),
+            Shape(128, half, 4, 4, 4, 128),
+            Shape(128, half, 4, 5, 3),
+            Shape(128, half, 8, 4, 2 if few else 1),
+            Shape(64, half, 4, 4, 4 if few else 2),
         ]
+    if not few:
+        others = [shape for shape in others if shape.registers != 128 and shape.programs < 4]
     return [own, *(shape for shape in others if shape != own)]
 
 
@@ -74,14 +80,15 @@ def tune(
     table: RowTable, queries: Tensor, k: int, metric: Metric = Metric.cosine
 ) -> list[tuple[Shape, float, float]]:
     """(shape, ms of a search, ms of its first step) for each shape, those that fail left out."""
+    kind = device_scan.pass_of(table, metric, rough=table.extent > device_scan.ROUGH_ROWS)
     padded = max(16, device_scan.power_of_two(len(queries)))
+    unsure = torch.ones(len(queries), dtype=torch.int32, device=queries.device)
+    work = device_scan.Work(table, metric, queries, device_scan.middle(queries), unsure)
     found = []
-    for shape in shapes(table.width, table.rows.dtype, padded):
+    for shape in shapes(table.width, kind.product, padded):
         try:
             whole = median_ms(partial(device_scan.device_scan, table, metric, queries, k, shape))
-            first = median_ms(
-                partial(device_scan.scan_tiles, table, metric, queries, padded, shape)
-            )
+            first = median_ms(partial(device_scan.scan_tiles, work, kind, shape))
         except Exception as error:  # too much shared memory for this GPU, mostly
             print(f"{shape}: {type(error).__name__}: {str(error)[:100]}")
             continue

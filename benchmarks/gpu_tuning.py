@@ -15,6 +15,7 @@ SETTINGS = (
     (10**7, torch.float32, 128),
     (10**7, torch.bfloat16, 128),
     (10**6, torch.float32, 64),
+    (10**7, torch.float32, 16),
 )
 
 
@@ -32,7 +33,8 @@ def main() -> None:
 def tuned(given: Options, speed: float, rows: int, dtype: torch.dtype, queries: int) -> Figures:
     """By shape: milliseconds of a search and of its first step; the library's own shape first."""
     if given.device.type != "cuda":
-        return {"shapes": len(shapes(WIDTH, dtype, queries)), "skipped": "needs a GPU"}
+        product = "rough float32" if dtype == torch.float32 else "rough"
+        return {"shapes": len(shapes(WIDTH, product, queries)), "skipped": "needs a GPU"}
     table = filled(rows, WIDTH, dtype, given.device)
     limit = 1e3 * (table.rows.nbytes + table.live.nbytes) / speed
     asked = torch.randn(queries, WIDTH, device=given.device)
