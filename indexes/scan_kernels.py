@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-(2**63))  # below the key of any row
+ROWS_FROM = tl.constexpr(-(2**63) + 2**32)  # below the key of any row, too
 MOST = tl.constexpr(2**63 - 1)  # above the key of any row
 LAST = tl.constexpr(2**31 - 1)  # the greatest number that a key holds
 WORST = tl.constexpr(-3.4028234663852886e38)  # of a live row whose score is not a number
@@ -250,19 +251,20 @@ def keys_in_tile(
 
 
 @kernel
-def next_in_list(
-    best, query, key, source, tiles, programs, members,
-    QUERIES: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
-    """The greatest key below one of the tiles that program `source` has scanned."""
-    following = tl.max(tl.full([MEMBERS], NOTHING, tl.int64), 0)
-    for start in range(0, members, MEMBERS):
-        number = source + (start + tl.arange(0, MEMBERS)) * programs
-        offsets = number.to(tl.int64) * QUERIES + query
-        worth = tl.load(best + offsets, mask=number < tiles, other=float("-inf"))
-        keys = keys_of(worth, number)
-        following = tl.maximum(following, tl.max(tl.where(keys < key, keys, NOTHING), 0))
-    return following
+def keys_in_list(
+    best, query, source, start, tiles, programs, QUERIES: tl.constexpr, MEMBERS: tl.constexpr
+):
+    """The keys of the tiles that program `source` has scanned, from the start-th on."""
+    number = source + (start + tl.arange(0, MEMBERS)) * programs
+    offsets = number.to(tl.int64) * QUERIES + query
+    worth = tl.load(best + offsets, mask=number < tiles, other=float("-inf"))
+    return keys_of(worth, number)
+
+
+@kernel
+def greatest_below(keys, key):
+    """The greatest of the keys below one; NOTHING if there is none."""
+    return tl.max(tl.where(keys < key, keys, NOTHING), 0)
 
 
 @kernel
@@ -278,7 +280,7 @@ def may_matter(key, least, inverse, length, METRIC: tl.constexpr, ERROR: tl.cons
     else:
         worth = inverse * worth
         slack = 0.0
-    better = (worth_of(key) + slack >= worth) | (least == NOTHING)
+    better = (worth_of(key) + slack >= worth) | (least < ROWS_FROM)
     return ((key != NOTHING) & better).to(tl.int32)
 
 
@@ -311,31 +313,35 @@ def find_rows(
         length += tl.sum(values * values, 0)
     inverse = scale_for(largest)
     front = tl.load(heads + query * programs + g, mask=g < programs, other=NOTHING)
-    kept = tl.full([KEPT], NOTHING, tl.int64)
-    least = tl.min(kept, 0)  # of the k kept
+    # Places that are empty hold keys that differ, so that a row takes one place.
+    kept = tl.where(slot < k, NOTHING + slot.to(tl.int64), MOST)
+    least = tl.min(kept, 0)
     key = tl.max(front, 0)
     seen = most * 0
     going = may_matter(key, least, inverse, length, METRIC, ERROR)
     while (going != 0) & (seen < most):
+        tile = numbers_of(key)
+        source = (tile % programs).to(tl.int32)
+        # What is on its way from memory first, and then is needed last.
+        others = keys_in_list(best, query, source, 0, tiles, programs, QUERIES, MEMBERS)
         found = keys_in_tile(
-            rows, live, own, length, numbers_of(key), extent,
-            STRIDE, WIDTH, PART, PARTS, ROWS, METRIC,
-        )  # fmt: skip
-        source = tl.max(tl.where((front == key) & (g < programs), g, 0), 0)
-        following = next_in_list(
-            best, query, key, source, tiles, programs, members, QUERIES, MEMBERS
+            rows, live, own, length, tile, extent, STRIDE, WIDTH, PART, PARTS, ROWS, METRIC
         )
-        front = tl.where(g == source, following, front)
         candidate = tl.max(found, 0)
-        while candidate > least:  # it takes one place of the least
-            place = tl.max(tl.where((kept == least) & (slot < k), slot, -1), 0)
-            kept = tl.where(slot == place, candidate, kept)
+        while candidate > least:
+            kept = tl.where(kept == least, candidate, kept)
+            least = tl.min(kept, 0)
             found = tl.where(found == candidate, NOTHING, found)
             candidate = tl.max(found, 0)
-            least = tl.min(tl.where(slot < k, kept, MOST), 0)
+        following = greatest_below(others, key)
+        for more in range(MEMBERS, members, MEMBERS):
+            others = keys_in_list(best, query, source, more, tiles, programs, QUERIES, MEMBERS)
+            following = tl.maximum(following, greatest_below(others, key))
+        front = tl.where(g == source, following, front)
         key = tl.max(front, 0)
         seen += 1
         going = may_matter(key, least, inverse, length, METRIC, ERROR)
+    kept = tl.where((slot < k) & (kept > ROWS_FROM), kept, NOTHING)
     for place in range(k):
         key = tl.max(kept, 0)
         tl.store(ids + query * k + place, numbers_of(key), mask=asked != 0)
