@@ -6,6 +6,11 @@
 Prints, for each shape, the milliseconds of a search and of its first step alone (the median of
 what CUDA events say), and how many times the time it takes to read rows and marks once at the
 speed of a copy on this GPU. Takes about 20 s, most of them to compile.
+
+Expected where copies run at 4.2 TB/s, for 10^7 rows, width 64, 64 queries, cosine: a first step at
+85 % of that speed, since one product instead of three takes 0.2 ms of the tensor cores; and some 14
+tiles of 3 us after another in the second step, for the 8 best and 6 that rough products leave. So
+0.71 + 0.04 ms in float32 (1.25 times the limit), and 0.36 + 0.04 ms in bfloat16 (1.3 times).
 """
 
 from __future__ import annotations
