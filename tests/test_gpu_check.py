@@ -8,6 +8,7 @@ import sys
 import pytest
 
 PARTS = ("environment", "tests", "models", "banks", "ivf", "tuning")
+LONG = ("tests", "models")  # also with tiny sizes
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def test_a_quick_dry_run_has_the_first_parts(script):
     assert "gpu_banks" not in done.stdout
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in PARTS]
+)
 def test_parts_run_on_tiny_sizes(script, tmp_path, name):
     done = script("--device", "cpu", "--tiny", "--only", name, "--out", tmp_path)
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -69,27 +72,46 @@ results.run("second", fails)
 results.run("third", breaks)
 results.run("fourth", dies)
 results.run("fifth", lambda: {"value": 5})
-results.run("sixth", lambda: __import__("time").sleep(60))
 """
 
 
-def test_a_part_that_breaks_goes_on_behind_what_broke_it(benchmarks, tmp_path, monkeypatch):
+@pytest.fixture
+def run_part(benchmarks, tmp_path, monkeypatch):
+    """A part with a script of its own, which may take some seconds."""
     import gpu_check
 
-    (tmp_path / "part.py").write_text(BROKEN)
+    def run(script, seconds):
+        (tmp_path / "part.py").write_text(script)
+        part = gpu_check.Part("part", str(tmp_path / "part.py"), "nothing", 1.0, 60)
+        end = gpu_check.time.monotonic() + seconds
+        return gpu_check.run_part(part, gpu_check.arguments(), tmp_path / "results.json", end)
+
     monkeypatch.setattr(gpu_check, "HERE", benchmarks)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(tmp_path)])
-    part = gpu_check.Part("part", str(tmp_path / "part.py"), "nothing", 1.0, 60)
-    end = gpu_check.time.monotonic() + 30
-    found = gpu_check.run_part(part, gpu_check.arguments(), tmp_path / "results.json", end)
+    return run
+
+
+def test_a_part_that_breaks_goes_on_behind_what_broke_it(run_part):
+    import gpu_check
+
+    found = run_part(BROKEN, 200)
     figures = found["figures"]
-    assert found["status"].startswith("stopped after")
+    assert found["status"] == "done"
     assert figures["first"]["value"] == 1
     assert figures["second"]["error"] == "ValueError: not so bad"
     assert "illegal memory access" in figures["third"]["error"]
     assert "ended in the middle" in figures["fourth"]["error"]
     assert figures["fifth"]["value"] == 5
-    assert "ended in the middle" in figures["sixth"]["error"]
+    assert not gpu_check.is_good(found)
+
+
+def test_a_part_is_stopped_at_its_time(run_part, monkeypatch):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "LEAST", 0.0)
+    found = run_part("import time; time.sleep(60)", 1.5)
+    assert found["status"].startswith("stopped after")
+    assert found["seconds"] < 30
     assert not gpu_check.is_good(found)
 
 
