@@ -22,7 +22,7 @@ from gpu_pytest import LINES
 
 HERE = Path(__file__).resolve().parent
 SIGNS = re.compile(r"mark\.gpu|triton_device|\bdevice\b")  # of files with such tests
-WORKERS = 8
+WORKERS = 14
 LONGEST = 60  # seconds of a test
 
 

@@ -268,9 +268,10 @@ class SAMCell(Cell):
         )
 
     def _bypassed(self, features: Float[Tensor, "B n F"]) -> Tensor:
-        # A draw for each step, as step by step.
+        # A draw for each step, as step by step; on a GPU draws depend on how a tensor lies.
         hidden, reads = features.tensor_split([self.hidden_size], 2)
-        return torch.cat([torch.stack([self.bypass(h) for h in hidden.unbind(1)], 1), reads], 2)
+        shown = [self.bypass(h.contiguous()) for h in hidden.unbind(1)]
+        return torch.cat([torch.stack(shown, 1), reads], 2)
 
     def _step(
         self, state: Any, hidden: Tensor, values: Tensor, controller: ControllerState

@@ -436,7 +436,6 @@ def test_training_through_graphs_takes_the_same_course():
         losses.append(course)
     assert model.num_graphs == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[1][-1] < losses[1][0]
 
 
 @pytest.mark.gpu

@@ -184,8 +184,8 @@ def test_a_step_waits_once(triton_device, kind):
 def test_gradients_that_are_not_finite_are_named(triton_device):
     parameter = parameter_on(triton_device)
     before = parameter.detach().clone()
-    values = torch.tensor([[1.0] * W, [torch.nan] * W, [0.0] * W], device=triton_device)
-    parameter.grad = sparse([7, 2, 7], values, N)
+    values = torch.tensor([[1.0] * W, [torch.nan] * W, [0.0] * W])
+    parameter.grad = sparse([7, 2, 7], values, N).to(triton_device)
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 at \[2, 0\] is nan"):
         RowSGD([parameter]).step()
     assert torch.equal(parameter, before)
