@@ -6,14 +6,14 @@ Letters as in `sparsemem.bank.bank`; S shards.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from sparsemem.bank.arguments import (
     check_bank_ids,
@@ -25,53 +25,52 @@ from sparsemem.bank.arguments import (
 from sparsemem.bank.book import NO_TAG
 from sparsemem.bank.errors import write_errors
 from sparsemem.bank.folder import check_new_place
-from sparsemem.bank.gradients import by_row, row_sparse
 from sparsemem.bank.reading import Hit
-from sparsemem.bank.rows import own
-from sparsemem.checks import check_at_most, check_size
-from sparsemem.distributed.home import Manifest, read_manifest, write_manifest
-from sparsemem.distributed.merging import assembled, chosen, merged
+from sparsemem.bank.selection import NESTED, Candidates, best_first, check_policy
+from sparsemem.bank.tables import INITIAL
+from sparsemem.checks import check_at_most, check_known, check_size
+from sparsemem.distributed.asking import Arguments
+from sparsemem.distributed.client import Client
+from sparsemem.distributed.fetched import FetchedRows, FetchedTable, Known, Moment
+from sparsemem.distributed.home import Manifest, lay_out, read_manifest, write_manifest
+from sparsemem.distributed.merging import NewRows, assembled, chosen, in_order
 from sparsemem.distributed.placement import MISSING, Part, Placement
-from sparsemem.distributed.shard import ShardFound
-from sparsemem.distributed.transport import Arguments, Transport
+from sparsemem.distributed.transport import Transport
 from sparsemem.files import new_folder
-from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
-from sparsemem.indexes.metrics import Metric
 from sparsemem.optim.remote import RowStep
 
 
-class ShardedBank(nn.Module):
+class ShardedBank(Client):
     """N rows over S shards, found, written and trained as those of one `MemoryBank`.
 
     Row id lives on shard id % S. `keys` and `values` are parameters of the tables' shapes that
     hold no rows: their gradients are sparse, and `sparsemem.optim` sends them to the shards.
 
+    Any number of processes may have one over the same shards, each with a transport of its own.
+    Those that train together are workers: an optimiser's step happens once all have pushed
+    theirs, with the mean of their gradients, as torch's DistributedDataParallel has it for dense
+    ones; who has stepped reads on once it has happened.
+
     Args:
         path: the folder of the sharded bank: see `create`.
         shards: how its shards are reached.
+        worker: which of the workers this is.
+        num_workers: whose gradients make one step together.
+        wire_dtype: torch.float16 halves what rows and gradients take on the wire; both are then
+            rounded to it. None: as the tables and the computing dtype have them.
     """
 
-    def __init__(self, path: str | Path, shards: Transport) -> None:
-        super().__init__()
-        self.path, self.shards = Path(path), shards
-        manifest = self._manifest = read_manifest(self.path)
-        if shards.num_shards != manifest.num_shards:
-            raise ValueError(
-                f"shards are {shards.num_shards}, expected {manifest.num_shards}, as in {path}"
-            )
-        self.placement, self.num_rows = manifest.placement, manifest.num_rows
-        given = manifest.arguments
-        width, value_width = given["width"], given["value_width"]
-        self.width, self.value_width = width, value_width
-        self.metric, dtype = Metric(given["metric"]), getattr(torch, given["dtype"])
-        self.computing_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.keys = rowless(self, self.num_rows, width, dtype)
-        self.values = None
-        if value_width is not None:
-            self.values = rowless(self, self.num_rows, value_width, dtype)
-        self.clock = manifest.clock
-        self.worker, self.num_workers = 0, 1  # of those whose gradients make one step together
+    def __init__(
+        self,
+        path: str | Path,
+        shards: Transport,
+        *,
+        worker: int = 0,
+        num_workers: int = 1,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(Path(path), shards, worker, num_workers, wire_dtype)
 
     @staticmethod
     def create(
@@ -84,6 +83,7 @@ class ShardedBank(nn.Module):
         index: str = EXACT,
         metric: str = "cosine",
         dtype: torch.dtype = torch.float32,
+        sync: bool = False,
         **options: Any,
     ) -> Path:
         """A new folder for a sharded bank; every shard's process has to see it.
@@ -91,20 +91,24 @@ class ShardedBank(nn.Module):
         Args:
             path: where it is to be; nothing is there yet, or an empty folder.
             num_shards: S, at most num_rows.
+            sync: wait for the disk at each change, so that it outlives a machine without power.
             options: others of `MemoryBank`, such as min_recall.
         """
         Placement.of(num_rows, num_shards)
         if index == PRODUCT_KEY:
             raise ValueError("index is 'product-key', expected another: its rows are not written")
+        for name in sorted(options.keys() & {"device", "path", "storage"}):
+            raise ValueError(f"{name} is given, expected none: a shard's rows are in its memory")
+        check_known("initial", options.get("initial", "empty"), INITIAL)
+        check_size("seed", options.get("seed", 0), 0)
         arguments = {"width": width, "value_width": value_width, "index": index, "metric": metric}
         arguments |= {"dtype": str(dtype).removeprefix("torch."), **options}
-        manifest = Manifest(
-            bank=uuid.uuid4().hex, num_shards=num_shards, num_rows=num_rows, arguments=arguments
-        )
+        sizes: dict[str, Any] = {"num_shards": num_shards, "num_rows": num_rows}
+        manifest = Manifest(bank=uuid.uuid4().hex, sync=sync, arguments=arguments, **sizes)
         manifest.new_bank(0, num_rows=1).close()  # whoever gives wrong arguments is told here
         path = check_new_place(path)
         with write_errors(path), new_folder(path) as folder:
-            write_manifest(folder, manifest)
+            lay_out(folder, manifest)
         return path
 
     def save(self) -> None:
@@ -112,39 +116,55 @@ class ShardedBank(nn.Module):
 
         What was written since is in the shards' logs, and as safe; a save shortens them.
         """
-        version = self._manifest.version + 1
+        # A number that no attempt before has used, so that all shards write down this moment.
+        version = 1 + max(number for number, _ in self._ask("standing", ()))
         self._ask("checkpoint", (version,))
-        changed = {"version": version, "clock": self.clock}
-        self._manifest = self._manifest.model_copy(update=changed)
-        write_manifest(self.path, self._manifest)
-        self._ask("forget", (version,))
+        self._put_in_force(version=version, log=version, clock=self.clock)
+        self._ask("forget", ())
 
     def restore(self) -> None:
         """Go back to the last version saved, in all shards, optimisers and usage with it."""
         self._manifest = read_manifest(self.path)
-        self._ask("restore", (self._manifest.version,))
+        log = 1 + max(number for number, _ in self._ask("standing", ()))
+        self._put_in_force(log=log)
+        self._ask("restore", ())
         self.clock = self._manifest.clock
+        self._known = Known(self.placement.num_shards)
+        self._pushed = False
+
+    def as_worker(self, worker: int, of: int) -> ShardedBank:
+        """The same shards for one of several workers, which trains on its share of each batch.
+
+        With tables (so gradients and an optimiser) of its own: for a thread. A process makes its
+        own `ShardedBank(path, shards, worker=..., num_workers=...)`.
+        """
+        return ShardedBank(
+            self.path,
+            self.shards.another(),
+            worker=worker,
+            num_workers=of,
+            wire_dtype=self.wire_dtype,
+        )
+
+    def _put_in_force(self, **changed: int) -> None:
+        self._manifest = self._manifest.model_copy(update=changed)
+        write_manifest(self.path, self._manifest)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query; as `MemoryBank.read`."""
         check_bank_queries(queries, self.width, self.keys.device)
         check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
         flat = queries.reshape(-1, self.width).to(self.computing_dtype)
-        time = self._tick()
-        parts = self._ask("find", (flat.detach(), top_k, time))
-        found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
-        rows, values = self._fetched(parts, found.ids)
-        self._mark(found.ids, time)
+        fetched, moment = self._fetched(flat.detach(), top_k)
         with torch.autocast(self.keys.device.type, enabled=False):
-            scored = (self.keys, flat, found.ids, found.scores, rows, self, time)
+            scored = (self.keys, flat, fetched, self, moment)
             rows, scores = FetchedRows.apply(*scored)  # type: ignore[no-untyped-call]
-            if values is None:
-                values = rows
-            else:
-                fetched = (self.values, found.ids, values, self, time)
-                values = FetchedValues.apply(*fetched)  # type: ignore[no-untyped-call]
+            values = rows
+            if fetched.values is not None:
+                own = (self.values, fetched.ids, (fetched.values,), self, moment)
+                values = FetchedTable.apply(*own)  # type: ignore[no-untyped-call]
         shape = queries.shape[:-1]
-        return Hit(*(x.view(*shape, *x.shape[1:]) for x in (rows, values, scores, found.ids)))
+        return Hit(*(x.view(*shape, *x.shape[1:]) for x in (rows, values, scores, fetched.ids)))
 
     forward = read
 
@@ -184,8 +204,9 @@ class ShardedBank(nn.Module):
 
         answers = self._ask_owners("take", parts, arguments, time)
         for part, done in zip(parts, answers, strict=True):
-            if done is False:
+            if done == 0:
                 ids[part.places] = MISSING
+        self._wrote(ids, answers)
         return ids, time
 
     def write(
@@ -212,9 +233,10 @@ class ShardedBank(nn.Module):
         given = {"rows": rows, "values": values, "tags": new_tags}
 
         def arguments(part: Part) -> Arguments:
-            return ({"ttl": ttl} | {name: picked(x, part) for name, x in given.items()},)
+            return ({"ttl": ttl} | {name: share(x, part) for name, x in given.items()},)
 
-        self._ask_owners("write_at", parts, arguments, self._tick())
+        clocks = self._ask_owners("write_at", parts, arguments, self._tick())
+        self._wrote(ids[:0] if rows is None and values is None else ids, clocks)
 
     def remove(
         self, ids: Int[Tensor, " n"] | None = None, *, tag: int | None = None
@@ -230,9 +252,12 @@ class ShardedBank(nn.Module):
             check_bank_ids(ids, self.num_rows, self.keys.device)
             parts = self.placement.split(ids)
             each = [(part.local, None, self.clock) for part in parts]
+            self._settle()
             gone = self.shards.ask("remove_at", each)
-        removed = [self.placement.ids(shard, local) for shard, local in enumerate(gone)]
-        return torch.cat(removed).sort().values if ids is None else in_order(ids, removed)
+        lists = [self.placement.ids(shard, local) for shard, local in enumerate(gone)]
+        removed = torch.cat(lists).sort().values if ids is None else in_order(ids, lists)
+        self._wrote(removed)
+        return removed
 
     def expire(self) -> None:
         """Take out rows whose time to live is over."""
@@ -251,108 +276,126 @@ class ShardedBank(nn.Module):
             check_bank_ids(ids, self.num_rows, self.keys.device)
         self._set_frozen(ids, False)
 
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """What is read in the `with` block is one batch of the background for `select`."""
+        if self._batch:
+            raise RuntimeError(NESTED)
+        batch = self._batch = uuid.uuid4().hex
+        counts = False
+        try:
+            yield
+            counts = True
+        finally:
+            self._batch = ""
+            self._ask("end_background", (batch, counts))
+
+    def select(
+        self, policy: str | None = "tf-idf", top: int | None = None
+    ) -> Int[Tensor, " n"] | None:
+        """Train only the rows that new data uses far more than the background did.
+
+        As `MemoryBank.select`, of what all clients read.
+        """
+        check_policy(policy, top)
+        self._known.changed()
+        if policy is None:
+            self._ask("select_rows", (None,))
+            return None
+        total = sum(self._ask("total_accesses", ()))
+        found = [Candidates(*answer) for answer in self._ask("candidates", (top, total))]
+        ids = torch.cat([self.placement.ids(shard, part.ids) for shard, part in enumerate(found)])
+        rest = (torch.cat(column) for column in list(zip(*found, strict=True))[1:])
+        best = best_first(Candidates(ids, *rest)).ids[:top].sort().values
+        parts = self.placement.split(best)
+        self.shards.ask("select_rows", [(part.local,) for part in parts])
+        return best
+
     def gather(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S W"]:
         """Keys at ids (-1: zeros); differentiable. Not an access."""
-        rows = self._gathered("rows_at", ids.flatten()).view(*ids.shape, self.width)
-        return FetchedValues.apply(  # type: ignore[no-untyped-call, no-any-return]
-            self.keys, ids, rows, self, self.clock
+        rows = self._heard("rows_at", ids.flatten()).view(*ids.shape, self.width)
+        return FetchedTable.apply(  # type: ignore[no-untyped-call, no-any-return]
+            self.keys, ids, (rows,), self, self._known.moment._replace(is_whole=False)
         )
 
-    def table_name(self, parameter: Tensor) -> str:
-        """Which table a parameter stands for."""
-        return "keys" if parameter is self.keys else "values"
+    def capacity(self) -> int:
+        """Rows that could give way to new ones: all that are not frozen."""
+        each: list[int] = self._ask("capacity", ())
+        return sum(each)
+
+    def tags_of(self, ids: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """Tags of rows; 0 where there is none, or where the id is -1."""
+        parts = self.placement.split(ids.flatten())
+        tags = self._ask_parts("tags_at", parts)
+        return assembled(parts, tags, ids.numel()).view(ids.shape)
 
     def step_rows(self, steps: Sequence[RowStep]) -> None:
         """Send an optimiser's step to the rows' owners: one call a shard."""
-        each: list[list[RowStep]] = [[] for _ in range(self.placement.num_shards)]
+        self._settle()
+        num_shards, valid = self.placement.num_shards, self._known.stepped()
+        each: list[list[RowStep]] = [[] for _ in range(num_shards)]
         for step in steps:
-            for mine, part in zip(each, self.placement.split(step.ids), strict=True):
+            gradient = step.gradient / self.num_workers if self.num_workers > 1 else step.gradient
+            gradient = gradient.to(self.wire_dtype or gradient.dtype)
+            for shard, part in enumerate(self.placement.split(step.ids)):
                 if len(part.local):
-                    gradient = step.gradient[part.places]
-                    mine.append(step._replace(ids=part.local, gradient=gradient))
+                    mine, since = gradient[part.places], valid[shard]
+                    own = step._replace(ids=part.local, gradient=mine, since=since)
+                    each[shard].append(own)
         alone = self.num_workers == 1
         who = (self.worker, self.num_workers)
         self.shards.ask("step", [None if alone and not mine else (mine, *who) for mine in each])
+        self._pushed = not alone
 
     def stats(self) -> dict[str, Any]:
         """Figures to watch: sums over the shards, `clock`, and `shards`, those of each.
 
-        recall: the lowest of all shards.
+        recall: the lowest of all shards; None while one has not measured its own.
         """
         each = self._ask("stats_at", (self.clock,))
         summed = ("num_rows", "num_live", "num_frozen", "table_bytes", "bytes", "buffered")
         totals = {name: sum(stats[name] for stats in each) for name in summed}
-        recall = min(stats["recall"] for stats in each)
+        recalls = [stats["recall"] for stats in each]
+        recall = None if None in recalls else min(recalls)
+        self._hear(stats["clock"] for stats in each)
         return {**totals, "recall": recall, "clock": self.clock, "shards": each}
 
-    def is_trainable(self, ids: Int[Tensor, " n"], since: int | None = None) -> Bool[Tensor, " n"]:
-        """Which rows take gradients, of what was read at time `since`."""
-        time = self.clock if since is None else since
-        parts = self.placement.split(ids)
-        answers = self.shards.ask("trainable_of", [(part.local, time) for part in parts])
-        result: Tensor = assembled(parts, answers, len(ids))
-        return result
+    def is_trainable(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which rows take gradients: live, not frozen, and selected if there is a selection."""
+        none = [None] * self.placement.num_shards
+        return self._heard("trainable_of", ids, none)
 
-    def gradient(self, ctx: Any, ids: Tensor, gradient: Tensor) -> Tensor:
-        """Of a table, from that of its rows [*S, W]: an entry for each trainable row read."""
-        flat, values = ids.flatten(), gradient.reshape(-1, ctx.shape[1])
-        kept = self.is_trainable(flat, ctx.time)
-        return by_row(row_sparse(flat[kept], values[kept], ctx.shape), ctx.dtype)
+    def still_trainable(self, ids: Int[Tensor, " n"], moment: Moment) -> Bool[Tensor, " n"]:
+        """Which rows take gradients of what was read at a moment, now that it is held."""
+        if self._known.is_as_at(moment):  # then all rows that were found do
+            kept = ids >= 0
+        else:
+            kept = self._heard("trainable_of", ids, moment.clocks)
+        self._known.holds(first=all(table.grad is None for table in self.tables))
+        return kept
 
     def close(self) -> None:
         """Let go of the shards."""
         self.shards.close()
 
-    def _tick(self) -> int:
-        self.clock += 1
-        return self.clock
-
-    def _ask(self, operation: str, arguments: Arguments) -> list[Any]:
-        return self.shards.ask(operation, [arguments] * self.placement.num_shards)
-
-    def _ask_owners(
-        self, operation: str, parts: list[Part], arguments: Callable[[Part], Arguments], time: int
-    ) -> list[Any]:
-        """Ask those that own some of the rows."""
-        each = [(part.local, *arguments(part), time) if len(part.local) else None for part in parts]
-        return self.shards.ask(operation, each)
-
-    def _gathered(self, operation: str, ids: Tensor) -> Tensor:
-        parts = self.placement.split(ids)
-        rows = self.shards.ask(operation, [(part.local,) for part in parts])
-        return assembled(parts, rows, len(ids))
-
-    def _mark(self, ids: Tensor, time: int) -> None:
-        parts = self.placement.split(ids.flatten())
-        self.shards.tell("mark", [(p.local, time) if len(p.local) else None for p in parts])
-
-    def _fetched(self, parts: list[ShardFound], ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows and values of the rows that are left of what the shards found."""
-        owner = self.placement.owner(ids)
-        tables: list[Tensor] = []
-        local = self.placement.local(ids)
-        for name in ("rows", "values"):
-            each = [getattr(part, name) for part in parts]
-            if each[0] is None:
-                return tables[0], None
-            table = each[0].new_zeros(*ids.shape, each[0].shape[2])
-            for shard, (part, rows) in enumerate(zip(parts, each, strict=True)):
-                query, place = (owner == shard).nonzero(as_tuple=True)
-                if len(query):
-                    same = part.ids[query] == local[query, place].unsqueeze(1)
-                    table[query, place] = rows[query, same.to(torch.uint8).argmax(1)]
-            tables.append(table)
-        return tables[0], tables[1]
+    def extra_repr(self) -> str:
+        """What a module prints of itself."""
+        given = self._manifest.arguments
+        widths = str(self.width) if self.values is None else f"{self.width}, {self.value_width}"
+        kind = f"index={given['index']!r}, metric={given['metric']!r}"
+        return f"{self.num_rows}, {widths}, {kind}, num_shards={self.placement.num_shards}"
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
+        self._known.changed()
         if ids is None:
             self._ask("freeze_at", (None, frozen))
             return
+        self._settle()
         each = [(p.local, frozen) if len(p.local) else None for p in self.placement.split(ids)]
         self.shards.ask("freeze_at", each)
 
     def _check_live(self, ids: Tensor, parts: list[Part], what: str) -> None:
-        live = assembled(parts, self.shards.ask("live_of", [(p.local,) for p in parts]), len(ids))
+        live = assembled(parts, self._ask_parts("live_of", parts), len(ids))
         if not live.all():
             raise ValueError(f"ids holds {int(ids[~live][0])}, which is not live: {what}")
 
@@ -364,85 +407,6 @@ class ShardedBank(nn.Module):
         return check_table("values", values, count, self.value_width, self.values)
 
 
-class NewRows(NamedTuple):
-    """What `append` stores."""
-
-    rows: Float[Tensor, "n W"]
-    values: Float[Tensor, "n V"] | None
-    tags: Int[Tensor, " n"]
-
-    def at(self, places: Int[Tensor, " m"]) -> NewRows:
-        """Some of them."""
-        return NewRows(*(None if part is None else part[places] for part in self))  # type: ignore[arg-type]
-
-
-def rowless(bank: ShardedBank, num_rows: int, width: int, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter of a table's shape that holds one number: its rows are elsewhere."""
-    return own(nn.Parameter(torch.zeros((), dtype=dtype).expand(num_rows, width)), bank)  # type: ignore[arg-type]
-
-
-def picked(table: Tensor | None, part: Part) -> Tensor | None:
+def share(table: Tensor | None, part: Part) -> Tensor | None:
     """A shard's share of rows."""
     return None if table is None else table[part.places]
-
-
-def in_order(ids: Tensor, removed: list[Tensor]) -> Tensor:
-    """Those of `ids` that were removed, in their order."""
-    return ids[torch.isin(ids, torch.cat(removed))]
-
-
-class FetchedRows(torch.autograd.Function):
-    """Rows and scores that shards sent, in the graph: as `sparsemem.bank.rows.ScoredRows`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        table: Tensor,
-        queries: Tensor,
-        ids: Tensor,
-        scores: Tensor,
-        rows: Tensor,
-        bank: ShardedBank,
-        time: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [Q, K, W] and their scores [Q, K]."""
-        rows, scores = rows.clone(), scores.clone()  # outputs of their own
-        ctx.save_for_backward(ids, queries, rows, scores)
-        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, time
-        ctx.set_materialize_grads(False)
-        return rows, scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, by_score: Tensor | None) -> Any:
-        """That of the table is sparse, with one entry for each trainable row that was read."""
-        ids, queries, rows, scores = ctx.saved_tensors
-        of_queries = None
-        if by_score is not None:
-            missing = ids < 0
-            by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
-            of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
-            gradient = of_rows if gradient is None else of_rows.add_(gradient)
-        if gradient is None:  # nothing depends on either
-            gradient = torch.zeros_like(rows)
-        return ctx.bank.gradient(ctx, ids, gradient), of_queries, None, None, None, None, None
-
-
-class FetchedValues(torch.autograd.Function):
-    """Rows of a table that shards sent, in the graph: as `sparsemem.bank.rows.GatherRows`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, ids: Tensor, rows: Tensor, bank: ShardedBank, time: int
-    ) -> Tensor:
-        """The rows."""
-        ctx.save_for_backward(ids)
-        ctx.bank, ctx.shape, ctx.dtype, ctx.time = bank, table.shape, table.dtype, time
-        return rows.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """A sparse COO tensor with one entry for each trainable row that was read."""
-        (ids,) = ctx.saved_tensors
-        return ctx.bank.gradient(ctx, ids, gradient), None, None, None, None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.distributed.placement import Part, Placement
@@ -25,14 +25,38 @@ class Offer(NamedTuple):
     last_access: Int[Tensor, " n"]  # counts between live rows only
 
 
+class Fetched(NamedTuple):
+    """The rows found, with what they hold."""
+
+    scores: Float[Tensor, "Q K"]
+    ids: Int[Tensor, "Q K"]
+    rows: Float[Tensor, "Q K W"]
+    values: Float[Tensor, "Q K V"] | None  # None: the rows are the values
+
+
 def merged(placement: Placement, found: Sequence[Found], k: int, metric: Metric) -> Found:
     """The k best of what each shard found by its own numbers: by score, ties by id.
 
     The k best of all rows are among the k best of each shard, so nothing is lost.
     """
-    ids = [placement.ids(shard, part.ids) for shard, part in enumerate(found)]
-    scores = torch.cat([part.scores for part in found], 1)
-    return best_of(scores, torch.cat(ids, 1), k, metric)
+    ids = torch.cat([placement.ids(shard, part.ids) for shard, part in enumerate(found)], 1)
+    return best_of(torch.cat([part.scores for part in found], 1), ids, k, metric)
+
+
+def picked(
+    placement: Placement, ids: Int[Tensor, "Q K"], found: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Float[Tensor, "Q K W"]:
+    """Of the rows that each shard sent for those it found, those of `ids`; zeros for -1."""
+    owner, local = placement.owner(ids), placement.local(ids)
+    result = rows[0].new_zeros(*ids.shape, rows[0].shape[2])
+    flat = result.view(-1, result.shape[2])
+    for shard, (own, sent) in enumerate(zip(found, rows, strict=True)):
+        places = (owner.flatten() == shard).nonzero().squeeze(1)
+        query = places.div(ids.shape[1], rounding_mode="floor")
+        same = own[query] == local.flatten()[places].unsqueeze(1)
+        source = query * own.shape[1] + same.to(torch.uint8).argmax(1)
+        flat.index_copy_(0, places, sent.flatten(0, 1).index_select(0, source))
+    return result
 
 
 def assembled(parts: Sequence[Part], rows: Sequence[Tensor], count: int) -> Tensor:
@@ -65,3 +89,20 @@ def chosen(placement: Placement, offers: Sequence[Offer], count: int) -> Chosen:
         order = order[key[order].argsort(stable=True)]
     order = order[:count]
     return Chosen(ids[order], access[order])
+
+
+class NewRows(NamedTuple):
+    """What `append` stores."""
+
+    rows: Float[Tensor, "n W"]
+    values: Float[Tensor, "n V"] | None
+    tags: Int[Tensor, " n"]
+
+    def at(self, places: Int[Tensor, " m"]) -> NewRows:
+        """Some of them."""
+        return NewRows(*(None if part is None else part[places] for part in self))  # type: ignore[arg-type]
+
+
+def in_order(ids: Tensor, removed: list[Tensor]) -> Tensor:
+    """Those of `ids` that were removed, in their order."""
+    return ids[torch.isin(ids, torch.cat(removed))]

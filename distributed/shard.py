@@ -6,6 +6,7 @@ Shape letters: Q queries, K rows a query, n rows of a call, W and V widths of ke
 
 from __future__ import annotations
 
+import time as times
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from sparsemem.bank import MemoryBank
 from sparsemem.bank.book import FOREVER
-from sparsemem.bank.rows import taken
+from sparsemem.bank.rows import FILLED_AT_ONCE, fill_normal, taken
+from sparsemem.bank.selection import Candidates, Tally
 from sparsemem.distributed.merging import Offer
+from sparsemem.optim.remote import RowStep
 
 NEVER_USED, REMOVED, LIVE = 0, 1, 2  # ranks of an offer
+
+
+Standing = tuple[int, int, bool]  # clock, `changes`, and whether some live rows take no gradient
 
 
 class ShardFound(NamedTuple):
@@ -27,39 +33,123 @@ class ShardFound(NamedTuple):
     ids: Int[Tensor, "Q K"]
     rows: Float[Tensor, "Q K W"]
     values: Float[Tensor, "Q K V"] | None  # None: the rows are the values
+    standing: Standing
 
 
 class ShardBank(MemoryBank):
     """A bank whose clock is its callers': they say at which time they call.
 
     The clock never goes back: where several call, a late one's time is the one it has got to.
+    Answers tell of it, and of `changes`: a number that is another one whenever rows were written,
+    removed, frozen, released or selected since.
     """
 
-    def find(self, queries: Float[Tensor, "Q W"], top_k: int, time: int) -> ShardFound:
-        """The best live rows of each query, and what they hold. Not an access: see `mark`."""
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.changes = times.time_ns()  # that of a shard that came back is none it had before
+        self._open: dict[str, Tally] = {}  # batches of the background, by the callers' names
+
+    @torch.no_grad()
+    def fill_share(self, shard: int, num_shards: int, num_rows: int, seed: int) -> None:
+        """All rows are there from the start, those that one bank of `num_rows` would have."""
+        generator = torch.Generator().manual_seed(seed)
+        for table in self.tables:
+            width = table.shape[1]
+            step = max(1, FILLED_AT_ONCE // width)
+            for start in range(0, num_rows, step):
+                part = torch.empty(min(step, num_rows - start), width)
+                fill_normal(part, generator, width**-0.5)
+                own = part[(shard - start) % num_shards :: num_shards]
+                first = (start + num_shards - 1 - shard) // num_shards
+                table[first : first + len(own)] = own.to(table.dtype)
+        self.book.live.fill_(True)
+        self.rebind()
+
+    @property
+    def standing(self) -> Standing:
+        """What answers tell of the shard."""
+        partly = self.book.num_frozen > 0 or self.book.selection is not None
+        return self.book.now, self.changes, partly
+
+    def find(
+        self, queries: Float[Tensor, "Q W"], top_k: int, time: int, narrow: bool = False
+    ) -> ShardFound:
+        """The best live rows of each query, and what they hold. Not an access: see `mark`.
+
+        Rows come in the tables' dtype. narrow: in float16, where that is less.
+        """
         self._reach(time)
         self.refresh()
         self._expire_before(self.book.now)
+        dtype = torch.float16 if narrow and self.keys.itemsize > 2 else self.keys.dtype
         with torch.no_grad(), self.table.lock.read():
             found = self.index.search(queries.to(self.computing_dtype), min(top_k, self.num_rows))
-            tables = (self.keys, self.values)
             rows, values = (
-                None if table is None else taken(table.data, found.ids, self.computing_dtype)
-                for table in tables
+                None if table is None else taken(table.data, found.ids, dtype)
+                for table in (self.keys, self.values)
             )
-        assert rows is not None
-        return ShardFound(*found, rows, values)
+            assert rows is not None
+            return ShardFound(*found, rows, values, self.standing)
 
-    def mark(self, ids: Int[Tensor, " n"], time: int) -> None:
-        """Count an access of each row, repeats as often, by the call at `time`."""
+    def mark(self, ids: Int[Tensor, " n"], time: int, batch: str = "") -> None:
+        """Count an access of each row, repeats as often, by the call at `time`.
+
+        batch: the open batch of the background that they belong to, if any.
+        """
         self._reach(time)
         with self.table.lock.read():
-            self._accessed(ids)
+            if not batch:
+                self._accessed(ids)
+                return
+            self.book.accessed(ids)
+            self._open.setdefault(batch, Tally(self.num_rows)).add(ids)
 
-    def rows_at(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n W"]:
+    def end_background(self, batch: str, counts: bool) -> None:
+        """A batch of the background is over. counts: it did not fail."""
+        tally = self._open.pop(batch, None) or Tally(self.num_rows)
+        if counts:
+            with torch.no_grad(), self.table.lock.write():
+                self._selection.count_background(tally)
+
+    def total_accesses(self) -> int:
+        """Accesses since the last selection, outside the background."""
+        with self.table.lock.read():
+            return self._selection.total()
+
+    def candidates(self, top: int, total: int) -> Candidates:
+        """The rows that come first for a selection, of `total` accesses of all shards."""
+        with torch.no_grad(), self.table.lock.read():
+            return self._selection.candidates(top, total)
+
+    def select_rows(self, ids: Int[Tensor, " n"] | None) -> None:
+        """Only these rows are trainable; None: all are."""
+        with torch.no_grad(), self.table.lock.write():
+            self.changes += 1
+            if ids is None:
+                self._selection.lift()
+            else:
+                self._selection.mark(ids)
+
+    def selection_state(self) -> tuple[Tensor | None, Tensor]:
+        """The rows that are selected (None: all are), and the accesses since: each row as often.
+
+        A bank's folder leaves them out: there a selection ends with the process.
+        """
+        with self.table.lock.read():
+            ids, counts = self._selection.counted()
+            return self.book.selection, ids.repeat_interleave(counts)
+
+    def load_selection(self, selected: Tensor | None, accessed: Tensor) -> None:
+        """Go on from there."""
+        if selected is not None:
+            self._selection.mark(selected)
+        self._selection.accessed(accessed)
+
+    def rows_at(self, ids: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n W"], Standing]:
         """Keys, in the computing dtype."""
         with self.table.lock.read():
-            return taken(self.keys.data, ids, self.computing_dtype)
+            rows = taken(self.keys.data, ids, self.computing_dtype)
+            return rows, self.standing
 
     def offer(self, count: int, time: int) -> tuple[Offer, int]:
         """The first rows that would give way to new ones; and how many could in all."""
@@ -82,27 +172,28 @@ class ShardBank(MemoryBank):
         ttl: int,
         last_access: Int[Tensor, " n"],
         time: int,
-    ) -> bool:
-        """New rows at ids that were chosen of what was offered.
+    ) -> int:
+        """New rows at ids that were chosen of what was offered; the clock then.
 
-        False, and nothing done, if one of them was used since (its last access is another):
+        0, and nothing done, if one of them was used since (its last access is another):
         somebody else appended or wrote between the offer and this.
         """
         self._reach(time - 1)
         with self._changing():
             if not torch.equal(self.book.last_access.index_select(0, ids), last_access):
-                return False
-            self._reach(time)
+                return 0
+            self.book.tick()
             if values is None and self.values is not None:
                 values = self.values.new_zeros(len(rows), self.values.shape[1])
             expiry = torch.full_like(ids, self.book.now + ttl + 1 if ttl else FOREVER)
             self._put(ids, rows, values, tags, expiry, anew=True)
-        return True
+            return self.book.now
 
-    def write_at(self, ids: Int[Tensor, " n"], given: dict[str, Any], time: int) -> None:
-        """`write`, as the call at `time`."""
+    def write_at(self, ids: Int[Tensor, " n"], given: dict[str, Any], time: int) -> int:
+        """`write`, as the call at `time`; the clock then."""
         self._reach(time - 1)
         self.write(ids, **given)
+        return self.book.now
 
     def remove_at(
         self, ids: Int[Tensor, " n"] | None, tag: int | None, time: int
@@ -131,10 +222,35 @@ class ShardBank(MemoryBank):
         with self.table.lock.read():
             return self.book.live.index_select(0, ids)
 
-    def trainable_of(self, ids: Int[Tensor, " n"], since: int) -> Bool[Tensor, " n"]:
-        """Which rows take gradients of what was read at time `since`."""
+    def tags_at(self, ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Tags of rows."""
+        return self.tags_of(ids)
+
+    def trainable_of(
+        self, ids: Int[Tensor, " n"], since: int | None
+    ) -> tuple[Bool[Tensor, " n"], Standing]:
+        """Which rows take gradients of what was read at time `since` (None: now)."""
         with self.table.lock.read():
-            return self.is_trainable(ids, since)
+            return self.is_trainable(ids, since), self.standing
+
+    def unwritten(self, step: RowStep) -> RowStep:
+        """A step without the rows that were written since its gradient was known to be theirs."""
+        if self.book.last_written <= step.since:
+            return step
+        kept = self.book.written.index_select(0, step.ids) <= step.since
+        return step._replace(ids=step.ids[kept], gradient=step.gradient[kept])
+
+    def _put(self, *arguments: Any, **options: Any) -> None:
+        self.changes += 1
+        super()._put(*arguments, **options)
+
+    def _apply_drop(self, ids: Tensor) -> None:
+        self.changes += 1
+        super()._apply_drop(ids)
+
+    def _flag(self, ids: Tensor, frozen: Tensor) -> None:
+        self.changes += 1
+        super()._flag(ids, frozen)
 
     def _reach(self, time: int) -> None:
         with self.book._lock:

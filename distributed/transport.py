@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
+from sparsemem.distributed.asking import Arguments, Asking, Calls, Outcomes
 from sparsemem.distributed.calls import Call
 from sparsemem.distributed.home import ShardHome, read_manifest
-from sparsemem.distributed.server import CHANGES
-
-Arguments = tuple[Any, ...]
+from sparsemem.distributed.traffic import Traffic
+from sparsemem.distributed.wire import received, sent
 
 
 @runtime_checkable
 class Transport(Protocol):
     """S shards that can be asked."""
+
+    traffic: Traffic
 
     @property
     def num_shards(self) -> int:
@@ -30,56 +33,57 @@ class Transport(Protocol):
     def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
         """As `ask`, without waiting. What is asked after it is done after it."""
 
+    def another(self) -> Transport:
+        """For another client of the same shards, which do not end when it is closed."""
+
     def close(self) -> None:
         """Let go of the shards."""
 
 
-class Numbering:
-    """Numbers the changes that one client asks each shard for: 1, 2, 3, ..."""
-
-    def __init__(self, client: str, num_shards: int) -> None:
-        self._client, self._last = client, [0] * num_shards
-
-    def calls(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Call | None]:
-        """One call for each shard that is asked."""
-        return [
-            None if given is None else self._call(shard, operation, given)
-            for shard, given in enumerate(arguments)
-        ]
-
-    def _call(self, shard: int, operation: str, arguments: Arguments) -> Call:
-        if operation not in CHANGES:
-            return Call(operation, arguments)
-        self._last[shard] += 1
-        return Call(operation, arguments, self._client, self._last[shard])
-
-
-class LocalShards:
+class LocalShards(Asking):
     """Shards in this process: for tests, and to look at what a sharded bank holds without Ray."""
 
-    def __init__(self, path: Path, client: str = "local") -> None:
+    def __init__(self, path: Path) -> None:
+        self.homes: list[ShardHome] = []
+        self._lock, self._is_owner = Lock(), True  # a shard does one thing after another
+        self.traffic = Traffic()
         shards = range(read_manifest(path).num_shards)
-        self.homes = [ShardHome(path, shard) for shard in shards]
-        self._numbering = Numbering(client, len(self.homes))
+        super().__init__(len(shards))
+        try:
+            self.homes.extend(ShardHome(path, shard) for shard in shards)
+        except BaseException:
+            self.close()
+            raise
 
-    @property
-    def num_shards(self) -> int:
-        """S."""
-        return len(self.homes)
-
-    def ask(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Any]:
+    def _exchange(self, calls: Calls, outcomes: Outcomes) -> None:
         """One after another."""
-        calls = self._numbering.calls(operation, arguments)
-        return [
-            None if call is None else home.call(call)
-            for home, call in zip(self.homes, calls, strict=True)
-        ]
+        for shard, call in enumerate(calls):
+            if call is not None and shard not in outcomes:
+                try:
+                    outcomes[shard] = self._answer(shard, call)
+                except ValueError as refused:
+                    outcomes[shard] = refused
 
-    def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
+    def _answer(self, shard: int, call: Call) -> Any:
+        """Packed as for another process, so that what is tested here is right there."""
+        packed = self.traffic.count_sent(sent(tuple(call)))
+        with self._lock:
+            answer = self.homes[shard].call(Call(*received(packed)))
+        return received(self.traffic.count_received(sent(answer)))
+
+    def _send(self, calls: Calls) -> None:
         """At once."""
-        self.ask(operation, arguments)
+        self._exchange(calls, {})
+
+    def another(self) -> LocalShards:
+        """For another client of the same shards, also in another thread."""
+        other = LocalShards.__new__(LocalShards)
+        Asking.__init__(other, self.num_shards)
+        other.homes, other._lock, other._is_owner = self.homes, self._lock, False
+        other.traffic = Traffic()
+        return other
 
     def close(self) -> None:
         """Let go of the folder."""
-        for home in self.homes:
+        for home in self.homes if self._is_owner else ():
             home.close()

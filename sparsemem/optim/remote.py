@@ -19,6 +19,7 @@ class RowStep(NamedTuple):
     options: dict[str, Any]  # of its parameter group
     ids: Int[Tensor, " n"]  # each once
     gradient: Float[Tensor, "n W"]
+    since: int = 2**62  # clock time; rows written later are other rows than the gradient's
 
 
 @runtime_checkable

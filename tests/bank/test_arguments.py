@@ -1,16 +1,20 @@
 """Each wrong argument is refused by name, value and what was expected, before anything changes."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from sparsemem import MemoryBank
+from tests.oracles.sharded import sharded, snapshot
 
 pytestmark = pytest.mark.usefixtures("plain_errors")
 
 
-@pytest.fixture
-def bank():
-    bank = MemoryBank(6, 4, 3)
+@pytest.fixture(params=[0, 3], ids=["one", "3 shards"])
+def bank(request):
+    make = partial(sharded, request.param) if request.param else MemoryBank
+    bank = make(6, 4, 3)
     bank.append(torch.ones(4, 4), torch.ones(4, 3))
     bank.freeze(torch.tensor([0, 1]))
     return bank
@@ -111,11 +115,11 @@ def test_construction(options, message):
     ],
 )
 def test_calls(bank, call, message):
-    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    before = snapshot(bank), bank.stats()["clock"]
     with pytest.raises((ValueError, TypeError), match=message):
         call(bank)
-    for name, tensor in bank.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert all(map(torch.equal, snapshot(bank), before[0]))
+    assert bank.stats()["clock"] == before[1]
 
 
 def test_values_of_a_bank_without():

@@ -8,16 +8,18 @@ from torch.func import functional_call
 
 from sparsemem import MemoryBank
 from sparsemem.indexes.metrics import Metric
+from tests.oracles.sharded import makers, rows_of_tables, whole
 
 METRICS = ["cosine", "ip", "l2"]
+MAKERS, SOME_MAKERS = makers(1, 3, 4), makers(3)
 
 
 def rows_of(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def filled(num_rows=9, width=4, value_width=3, **options):
-    bank = MemoryBank(num_rows, width, value_width, **{"dtype": torch.float64, **options})
+def filled(make=MemoryBank, num_rows=9, width=4, value_width=3, **options):
+    bank = make(num_rows, width, value_width, **{"dtype": torch.float64, **options})
     values = None if value_width is None else rows_of(num_rows, value_width, seed=2)
     bank.append(rows_of(num_rows, width), values)
     return bank
@@ -46,12 +48,13 @@ class Dense(torch.autograd.Function):
         return gradient.to_dense()
 
 
+@MAKERS
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("value_width", [None, 3])
-def test_reading_all_rows_is_dense_attention(metric, value_width):
-    bank = filled(metric=metric, value_width=value_width)
+def test_reading_all_rows_is_dense_attention(make, metric, value_width):
+    bank = filled(make, metric=metric, value_width=value_width)
     queries = rows_of(5, 2, 4, seed=5).requires_grad_()
-    copies = [table.detach().clone().requires_grad_() for table in bank.tables]
+    copies = [table.clone().requires_grad_() for table in rows_of_tables(bank)]
     hit = bank.read(queries, 9)
     sign = Metric(metric).sign
     found = ((sign * hit.scores).softmax(-1).unsqueeze(-1) * hit.values).sum(-2)
@@ -81,21 +84,24 @@ def test_gradients_equal_finite_differences(metric, value_width):
     assert torch.autograd.gradcheck(read, (queries, *bank.tables))
 
 
+@SOME_MAKERS
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_scores_are_the_indexs_bit_for_bit(metric, dtype):
-    bank = MemoryBank(300, 24, metric=metric, dtype=dtype)
-    bank.append(rows_of(300, 24).to(dtype))
+def test_scores_are_the_indexs_bit_for_bit(make, metric, dtype):
+    bank, one = (kind(300, 24, metric=metric, dtype=dtype) for kind in (make, MemoryBank))
+    for each in (bank, one):
+        each.append(rows_of(300, 24).to(dtype))
     for count in (1, 7, 64):
         queries = rows_of(count, 24, seed=3).to(bank.computing_dtype)
         for k in (1, 5, 300):
-            hit, found = bank.read(queries, k), bank.index.search(queries, k)
+            hit, found = bank.read(queries, k), one.index.search(queries, k)
             assert torch.equal(hit.scores.detach(), found.scores)
             assert torch.equal(hit.ids, found.ids)
 
 
-def test_shapes_of_queries_carry_over():
-    bank = filled()
+@MAKERS
+def test_shapes_of_queries_carry_over(make):
+    bank = filled(make)
     for shape in [(), (1,), (0,), (2, 3), (2, 0, 3)]:
         hit = bank.read(rows_of(*shape, 4), 2)
         assert hit.ids.shape == hit.scores.shape == (*shape, 2)
@@ -105,15 +111,17 @@ def test_shapes_of_queries_carry_over():
     assert torch.equal(many.rows, one.rows.expand(2, 3, 2, 4))
 
 
-def test_tied_values_are_the_rows():
-    hit = filled(value_width=None).read(rows_of(2, 4), 3)
+@MAKERS
+def test_tied_values_are_the_rows(make):
+    hit = filled(make, value_width=None).read(rows_of(2, 4), 3)
     assert hit.values is not None
     assert torch.equal(hit.values, hit.rows)
 
 
+@MAKERS
 @pytest.mark.parametrize("metric", METRICS)
-def test_what_is_missing_has_no_id_zeros_and_the_worst_score(metric):
-    bank = MemoryBank(5, 4, 3, metric=metric, dtype=torch.float64)
+def test_what_is_missing_has_no_id_zeros_and_the_worst_score(make, metric):
+    bank = make(5, 4, 3, metric=metric, dtype=torch.float64)
     worst = torch.inf if metric == "l2" else -torch.inf
     queries = rows_of(2, 4).requires_grad_()
     hit = bank.read(queries, 5)
@@ -130,8 +138,9 @@ def test_what_is_missing_has_no_id_zeros_and_the_worst_score(metric):
     assert bank.keys.grad.to_dense().isfinite().all()
 
 
-def test_repeated_rows_add_up_their_gradients():
-    bank = filled(metric="ip")
+@SOME_MAKERS
+def test_repeated_rows_add_up_their_gradients(make):
+    bank = filled(make, metric="ip")
     query = rows_of(4)
     hit = bank.read(query.expand(6, 4), 2)
     weights = rows_of(6, 2, seed=8)
@@ -143,8 +152,9 @@ def test_repeated_rows_add_up_their_gradients():
     assert bank.values.grad._nnz() <= 12
 
 
-def test_gradients_accumulate_over_reads():
-    bank, together = filled(), filled()
+@SOME_MAKERS
+def test_gradients_accumulate_over_reads(make):
+    bank, together = filled(make), filled(make)
     queries = rows_of(2, 3, 4)
     for part in queries:
         bank.read(part, 2).values.sum().backward()
@@ -157,8 +167,9 @@ def rows_with_gradient(bank):
     return bank.values.grad.coalesce().indices().flatten().tolist()
 
 
-def test_rows_that_went_before_the_backward_pass_get_no_gradient():
-    bank = filled()
+@MAKERS
+def test_rows_that_went_before_the_backward_pass_get_no_gradient(make):
+    bank = filled(make)
     loss = bank.read(rows_of(4), 9).values.sum()
     bank.freeze(torch.tensor([0]))
     bank.remove(torch.tensor([1, 2]))
@@ -173,10 +184,11 @@ def test_rows_that_went_before_the_backward_pass_get_no_gradient():
     assert rows_with_gradient(bank) == [0, 1, 3, 4, 5, 6, 7, 8]
 
 
+@SOME_MAKERS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_rows_are_computed_with_in_float32(dtype):
+def test_half_rows_are_computed_with_in_float32(make, dtype):
     keys, values = rows_of(9, 4).to(dtype), rows_of(9, 3, seed=2).to(dtype)
-    bank, single = (MemoryBank(9, 4, 3, dtype=kind) for kind in (dtype, torch.float32))
+    bank, single = (make(9, 4, 3, dtype=kind) for kind in (dtype, torch.float32))
     for each in (bank, single):
         each.append(keys, values)
     queries = rows_of(200, 4).float()
@@ -192,8 +204,9 @@ def test_half_rows_are_computed_with_in_float32(dtype):
         assert torch.equal(table.grad.to_dense(), want.grad.to_dense().to(dtype))
 
 
-def test_autocast_and_half_queries_change_nothing_in_the_arithmetic():
-    bank = MemoryBank(9, 4)
+@SOME_MAKERS
+def test_autocast_and_half_queries_change_nothing_in_the_arithmetic(make):
+    bank = make(9, 4)
     bank.append(rows_of(9, 4))
     queries = rows_of(5, 4).bfloat16()
     expected = bank.read(queries.float(), 3)
@@ -207,40 +220,47 @@ def test_autocast_and_half_queries_change_nothing_in_the_arithmetic():
     assert leaf.grad.any()
 
 
-def test_a_read_is_one_call_and_an_access_of_each_row_found():
-    bank = MemoryBank(4, 2, metric="ip", dtype=torch.float64)
+@MAKERS
+def test_a_read_is_one_call_and_an_access_of_each_row_found(make):
+    bank = make(4, 2, metric="ip", dtype=torch.float64)
     bank.append(torch.eye(2, dtype=torch.float64))
     bank.read(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double(), 1)
     bank.read(torch.tensor([1.0, 0.0]).double(), 4)
     assert bank.stats()["clock"] == 3
-    assert bank.book.accesses.tolist() == [1 + 2 + 1, 1 + 1 + 1, 0, 0]
-    assert bank.book.last_access.tolist() == [3, 3, 0, 0]
+    assert whole(bank)[0].accesses.tolist() == [1 + 2 + 1, 1 + 1 + 1, 0, 0]
+    assert whole(bank)[0].last_access.tolist() == [3, 3, 0, 0]
     bank.read(torch.tensor([0.0, 1.0]).double(), 1)
-    assert bank.book.last_access.tolist() == [3, 4, 0, 0]
+    assert whole(bank)[0].last_access.tolist() == [3, 4, 0, 0]
 
 
-def test_initial_rows_are_normal_and_the_same_for_a_seed():
-    bank = MemoryBank(4000, 16, 8, initial="normal", seed=3)
+@SOME_MAKERS
+def test_initial_rows_are_normal_and_the_same_for_a_seed(make):
+    bank = make(4000, 16, 8, initial="normal", seed=3)
     assert bank.stats()["num_live"] == 4000
-    assert bank.keys.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
-    assert bank.values.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
-    again = MemoryBank(4000, 16, 8, initial="normal", seed=3, dtype=torch.bfloat16)
-    assert torch.equal(again.keys, bank.keys.bfloat16())
-    other = MemoryBank(4000, 16, 8, initial="normal", seed=4)
-    assert not torch.equal(other.keys, bank.keys)
+    keys, values = rows_of_tables(bank)
+    assert keys.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
+    assert values.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
+    again = make(4000, 16, 8, initial="normal", seed=3, dtype=torch.bfloat16)
+    assert torch.equal(rows_of_tables(again)[0], keys.bfloat16())
+    one = MemoryBank(4000, 16, 8, initial="normal", seed=3)
+    assert all(map(torch.equal, rows_of_tables(one), (keys, values)))
+    other = make(4000, 16, 8, initial="normal", seed=4)
+    assert not torch.equal(rows_of_tables(other)[0], keys)
     # Rows that were there from the start and went count as removed ones.
     bank.remove(torch.tensor([7, 5]))
     assert bank.append(rows_of(3, 16)).tolist() == [5, 7, 0]
 
 
-def test_new_rows_without_values_have_zeros():
-    bank = filled()
+@SOME_MAKERS
+def test_new_rows_without_values_have_zeros(make):
+    bank = filled(make)
     bank.remove(torch.tensor([2, 4]))
     bank.write(torch.tensor([1, 2]), rows_of(2, 4))
-    assert not bank.values[2].any()
-    assert torch.equal(bank.values[1], rows_of(9, 3, seed=2)[1])  # an old one keeps its own
+    values = rows_of_tables(bank)[1]
+    assert not values[2].any()
+    assert torch.equal(values[1], rows_of(9, 3, seed=2)[1])  # an old one keeps its own
     assert bank.append(rows_of(1, 4)).tolist() == [4]
-    assert not bank.values[4].any()
+    assert not rows_of_tables(bank)[1][4].any()
 
 
 def test_stats_are_those_of_bank_and_index():

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from sparsemem import MemoryBank
 from sparsemem.bank import selection
 from sparsemem.bank.selection import PIECES, Tally, tf_idf
+from tests.oracles.sharded import sharded, whole
 
 
 def one_hot(*places):
@@ -14,9 +16,10 @@ def one_hot(*places):
     return torch.eye(6)[list(places)]
 
 
-@pytest.fixture
-def bank():
-    bank = MemoryBank(8, 6, metric="ip")
+@pytest.fixture(params=[0, 1, 3, 4], ids=["one", "1 shard", "3 shards", "4 shards"])
+def bank(request):
+    make = partial(sharded, request.param) if request.param else MemoryBank
+    bank = make(8, 6, metric="ip")
     bank.append(torch.eye(6))
     return bank
 
@@ -54,7 +57,7 @@ def test_rows_that_the_batch_uses_and_the_background_does_not(bank):
             bank.read(one_hot(0, 0, 1), 1)
     with bank.background():
         bank.read(one_hot(2), 1)
-    assert bank.book.background.tolist() == [9, 9, 1, 0, 0, 0, 0, 0]
+    assert whole(bank)[0].background.tolist() == [9, 9, 1, 0, 0, 0, 0, 0]
     # Ten times as many accesses of row 0 do not make up for its use in nine batches of ten.
     bank.read(one_hot(*[0] * 10, 2, 2, 3), 1)
     scores = {
@@ -111,15 +114,17 @@ def test_a_background_batch_that_fails_does_not_count(bank):
 
     with pytest.raises(ZeroDivisionError):
         failing()
-    assert not bank.book.background.any()
-    assert bank.book.batches == 0
+    assert not whole(bank)[0].background.any()
+    assert whole(bank)[0].batches == 0
     bank.read(one_hot(1), 1)
     assert bank.select(top=3).tolist() == [1]
     with bank.background(), pytest.raises(RuntimeError, match="open already"), bank.background():
         pass
 
 
-def test_background_counts_are_saved_with_the_bank(bank):
+def test_background_counts_are_saved_with_the_bank():
+    bank = MemoryBank(8, 6, metric="ip")
+    bank.append(torch.eye(6))
     with bank.background():
         bank.read(one_hot(0), 1)
     other = MemoryBank(8, 6, metric="ip")

@@ -6,6 +6,7 @@ from sparsemem import MemoryBank
 from sparsemem.bank import usage
 from sparsemem.bank.book import RowBook
 from sparsemem.bank.usage import SHARE, Room
+from tests.oracles.sharded import makers
 
 
 def book_of(live, last_access, frozen=None):
@@ -36,9 +37,10 @@ def test_frozen_rows_are_left_and_come_in_their_place_once_released():
     assert room.choose(4).tolist() == [0, 1, 3, 4]
 
 
-def test_a_released_row_comes_before_those_queued_meanwhile():
+@makers(1, 3, 4)
+def test_a_released_row_comes_before_those_queued_meanwhile(make):
     with mock.patch.object(usage, "SHARE", 1):  # all rows are queued at once
-        bank = MemoryBank(6, 2)
+        bank = make(6, 2)
         bank.append(torch.ones(6, 2))
         bank.freeze(torch.tensor([0, 2]))
         assert bank.append(torch.ones(1, 2)).tolist() == [1]
@@ -75,8 +77,9 @@ def test_sorts_once_in_many_evictions():
     assert len(sorts) == 3
 
 
-def test_an_access_counts_like_a_write():
-    bank = MemoryBank(4, 2, metric="ip")
+@makers(1, 3, 4)
+def test_an_access_counts_like_a_write(make):
+    bank = make(4, 2, metric="ip")
     bank.append(torch.eye(2))
     bank.append(-torch.eye(2))
     bank.read(torch.tensor([1.0, 0.1]), 1)  # row 0

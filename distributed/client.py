@@ -1,0 +1,138 @@
+"""A client of shards: how a sharded bank asks them, and keeps up with them.
+
+Letters: S shards, n rows of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemem.bank.gradients import without_rows
+from sparsemem.checks import check_at_most, check_size
+from sparsemem.distributed.asking import Arguments
+from sparsemem.distributed.fetched import Known, Moment
+from sparsemem.distributed.home import read_manifest
+from sparsemem.distributed.merging import Fetched, assembled, merged, picked
+from sparsemem.distributed.placement import Part
+from sparsemem.distributed.rowless import Rowless
+from sparsemem.distributed.shard import ShardFound, Standing
+from sparsemem.distributed.transport import Transport
+from sparsemem.indexes.base import Found
+from sparsemem.indexes.metrics import Metric
+
+SETTLE_SECONDS = 0.0005  # between looks at whether a step has happened
+
+
+class Client(Rowless):
+    """One of those that use a sharded bank, with a clock that follows all of them."""
+
+    def __init__(
+        self,
+        path: Path,
+        shards: Transport,
+        worker: int,
+        num_workers: int,
+        wire_dtype: torch.dtype | None,
+    ) -> None:
+        check_size("num_workers", num_workers)
+        check_at_most("worker", check_size("worker", worker, 0), "num_workers - 1", num_workers - 1)
+        if wire_dtype not in (None, torch.float16):
+            raise ValueError(f"wire_dtype is {wire_dtype}, expected torch.float16 or None")
+        manifest = read_manifest(path)
+        if shards.num_shards != manifest.num_shards:
+            raise ValueError(
+                f"shards are {shards.num_shards}, expected {manifest.num_shards}, as in {path}"
+            )
+        given = manifest.arguments
+        widths = given["width"], given["value_width"]
+        super().__init__(manifest.num_rows, *widths, getattr(torch, given["dtype"]))
+        self.path, self.shards, self._manifest = path, shards, manifest
+        self.placement, self.metric = manifest.placement, Metric(given["metric"])
+        self.worker, self.num_workers, self.wire_dtype = worker, num_workers, wire_dtype
+        self._batch = ""  # of the background, that is open
+        self._known = Known(manifest.num_shards)
+        self._pushed = False  # a step that may wait for other workers
+        self.clock: int = max(clock for _, clock in self._ask("standing", ()))
+
+    def _settle(self) -> None:
+        """Wait until the workers have all pushed the step that this one has."""
+        while self._pushed:
+            self._pushed = not all(self.shards.ask("is_stepped", self._each((self.worker,))))
+            if self._pushed:
+                sleep(SETTLE_SECONDS)
+
+    def _tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def _hear(self, clocks: Iterable[int]) -> None:
+        """Shards have got further: so this client's clock does."""
+        self.clock = max(self.clock, *clocks)
+
+    def _each(self, arguments: Arguments) -> list[Arguments]:
+        return [arguments] * self.placement.num_shards
+
+    def _ask(self, operation: str, arguments: Arguments) -> list[Any]:
+        self._settle()
+        return self.shards.ask(operation, self._each(arguments))
+
+    def _ask_parts(self, operation: str, parts: Sequence[Part], *more: Sequence[Any]) -> list[Any]:
+        """Ask all shards about rows of theirs. more: further arguments, one a shard."""
+        self._settle()
+        each = zip((part.local for part in parts), *more, strict=True)
+        return self.shards.ask(operation, list(each))
+
+    def _ask_owners(
+        self, operation: str, parts: list[Part], arguments: Callable[[Part], Arguments], time: int
+    ) -> list[Any]:
+        """Ask those that own some of the rows."""
+        self._settle()
+        each = [(part.local, *arguments(part), time) if len(part.local) else None for part in parts]
+        return self.shards.ask(operation, each)
+
+    def _heard(self, operation: str, ids: Tensor, *more: Sequence[Any]) -> Tensor:
+        """What the shards answer for each row, with their standing."""
+        parts = self.placement.split(ids)
+        answers = self._ask_parts(operation, parts, *more)
+        self._know(standing for _, standing in answers)
+        return assembled(parts, [answer for answer, _ in answers], len(ids))
+
+    def _know(self, standings: Iterable[Standing]) -> None:
+        for shard, standing in enumerate(standings):
+            self._known.heard(shard, *standing)
+        self._hear(self._known.clocks)
+
+    def _wrote(self, ids: Tensor, clocks: Sequence[int | None] = ()) -> None:
+        """Rows are other rows now: their gradients are not for these."""
+        for table in self.tables:
+            if len(ids) and table.grad is not None and table.grad.is_sparse:
+                table.grad = without_rows(table.grad, ids)
+        self._known.changed(clocks)
+        self._hear(self._known.clocks)
+
+    def _mark(self, ids: Tensor, time: int) -> None:
+        parts = self.placement.split(ids.flatten())
+        each = [(p.local, time, self._batch) if len(p.local) else None for p in parts]
+        self.shards.tell("mark", each)
+
+    def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
+        """The best rows of all shards, marked as accessed; and what was known then."""
+        time, dtype = self._tick(), self.computing_dtype
+        parts: list[ShardFound] = self._ask("find", (queries, top_k, time, bool(self.wire_dtype)))
+        self._know(part.standing for part in parts)
+        found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
+        self._mark(found.ids, self.clock)
+        tables = []
+        for name in ("rows", "values"):
+            sent = [getattr(part, name) for part in parts]
+            if sent[0] is not None:
+                own = [part.ids for part in parts]
+                tables.append(picked(self.placement, found.ids, own, sent).to(dtype))
+        rows, values = tables if len(tables) > 1 else (tables[0], None)
+        return Fetched(found.scores, found.ids, rows, values), self._known.moment

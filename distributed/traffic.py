@@ -1,0 +1,89 @@
+"""Bytes on the wire: counted, and what a training step takes by a formula.
+
+Letters: S shards, Q queries, K rows read a query, W and V widths of keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from sparsemem.distributed.wire import Packed
+
+ID_BYTES = 8
+SCORE_BYTES = 4
+# What describes a call or an answer beside its arrays, measured: find, its answer, mark, and what a
+# a step takes a table. They depend on the lengths of numbers and of options, a little.
+FRAMES = {"find": 102, "found": 200, "mark": 95, "step": 300}
+
+
+class Traffic:
+    """Bytes that a client has sent to shards and received from them.
+
+    Arrays and what describes them; what a transport adds of its own is left out (Ray: about 1 KB a
+    call).
+    """
+
+    def __init__(self) -> None:
+        self.sent = self.received = 0
+
+    def count_sent(self, packed: Packed) -> Packed:
+        """A call goes out."""
+        self.sent += size(packed)
+        return packed
+
+    def count_received(self, packed: Packed) -> Packed:
+        """An answer came in."""
+        self.received += size(packed)
+        return packed
+
+
+def size(packed: Packed) -> int:
+    """Bytes of a packed value."""
+    frame = json.dumps([packed.tree, packed.dtypes], separators=(",", ":"))
+    return len(frame) + sum(int(array.nbytes) for array in packed.arrays)
+
+
+class StepBytes(NamedTuple):
+    """What a training step sends and receives."""
+
+    sent: int
+    received: int
+
+
+def wire_bytes(
+    num_shards: int,
+    queries: int,
+    top_k: int,
+    width: int,
+    value_width: int | None = None,
+    *,
+    distinct: int | None = None,
+    row_bytes: int = 4,
+    gradient_bytes: int = 4,
+) -> StepBytes:
+    """Bytes of one training step: a read, and the row optimiser's step of what was read.
+
+    Every shard gets all Q queries and answers with its own K best rows of each; then each row
+    found is marked, and stepped, at its owner only.
+
+    Args:
+        num_shards: S.
+        queries: Q, over all positions and heads.
+        top_k: K.
+        width: W.
+        value_width: V; None: the keys are the values.
+        distinct: distinct rows that are read; None: Q K, the most there can be.
+        row_bytes: of a number in a row as it is sent: of the tables' dtype, or 2.
+        gradient_bytes: of a number of a gradient as it is sent: 4, or 2 on a narrow wire.
+    """
+    numbers = width + (value_width or 0)
+    tables = 1 if value_width is None else 2
+    read = queries * top_k
+    rows = read if distinct is None else distinct
+    find = num_shards * (FRAMES["find"] + queries * width * 4)
+    mark = num_shards * FRAMES["mark"] + read * ID_BYTES
+    step = num_shards * FRAMES["step"] * tables
+    step += rows * (numbers * gradient_bytes + tables * ID_BYTES)
+    found = FRAMES["found"] + read * (ID_BYTES + SCORE_BYTES + numbers * row_bytes)
+    return StepBytes(find + mark + step, num_shards * found)
