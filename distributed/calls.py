@@ -7,7 +7,6 @@ whole; a torn tail is cut off, damage is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,37 +45,69 @@ def from_arrays(arrays: dict[str, Tensor]) -> Any:
     return unpack(tree, [arrays[name] for name in names])
 
 
+class Logged(NamedTuple):
+    """What a log holds."""
+
+    path: Path
+    calls: list[Call]
+    first: int  # number of its first record
+    sequence: int  # of the record that would come next
+    end: int  # bytes of whole records; 0: it was just being begun
+    torn: int  # bytes after them, of a call that was not answered
+
+
 class CallLog:
-    """The calls that changed a shard since its last checkpoint."""
+    """The calls that changed a shard since its last checkpoint.
+
+    Records are numbered through all logs of a shard, so that a missing log is noticed.
+    """
 
     def __init__(self, log: Log) -> None:
         self._log = log
 
     @classmethod
-    def create(cls, path: Path, shard: str, *, sync: bool = False) -> CallLog:
-        """Begin a log of the shard with this id (hexadecimal)."""
-        return cls(Log.create(path, shard, 0, sync))
+    def create(cls, path: Path, shard: str, sequence: int = 0, *, sync: bool = False) -> CallLog:
+        """Begin a log of the shard with this id (hexadecimal), at a record's number."""
+        return cls(Log.create(path, shard, sequence, sync))
+
+    @staticmethod
+    def read(path: Path, shard: str) -> Logged:
+        """What a shard's log holds; the file stays as it is."""
+        reader = LogReader(path, {Kind.START, Kind.CALL})
+        calls: list[Call] = []
+        first = 0
+        for record in reader:
+            if record.kind is Kind.CALL:
+                calls.append(call_of(record, path))
+                continue
+            first = record.sequence
+            if bytes(record.arrays["bank"].tolist()).hex() != shard:
+                raise BankError(f"{path} is another shard's log")
+        return Logged(path, calls, first, reader.sequence, reader.end, reader.torn)
+
+    @classmethod
+    def gone_on(cls, logged: Logged, *, sync: bool = False) -> CallLog:
+        """Go on with a log that was read; a torn tail is cut off."""
+        return cls(Log(logged.path, logged.end, logged.sequence, sync))
 
     @classmethod
     def reopen(cls, path: Path, shard: str, *, sync: bool = False) -> tuple[CallLog, list[Call]]:
-        """Go on with a shard's log, and the calls that it holds; a torn tail is cut off."""
-        reader = LogReader(path, {Kind.START, Kind.CALL})
-        calls = list(cls._calls(reader, shard))
-        if not reader.end:  # it was just being begun
-            return cls.create(path, shard, sync=sync), []
-        return cls(Log(path, reader.end, reader.sequence, sync)), calls
+        """Go on with a shard's log, and the calls that it holds."""
+        logged = cls.read(path, shard)
+        return cls.gone_on(logged, sync=sync), logged.calls
 
-    @staticmethod
-    def _calls(reader: LogReader, shard: str) -> Iterator[Call]:
-        for record in reader:
-            if record.kind is Kind.CALL:
-                yield call_of(record, reader.path)
-            elif bytes(record.arrays["bank"].tolist()).hex() != shard:
-                raise BankError(f"{reader.path} is another shard's log")
+    @property
+    def sequence(self) -> int:
+        """Number of the next record."""
+        return self._log.sequence
 
     def append(self, call: Call) -> None:
         """Write a call down. BankError where that fails: then it must not be done."""
         self._log.append(Kind.CALL, to_arrays(tuple(call)))
+
+    def flush(self) -> None:
+        """Wait until all calls are on the disk."""
+        self._log.flush()
 
     def close(self) -> None:
         """Let go of the file."""

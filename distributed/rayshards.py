@@ -3,109 +3,134 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from sparsemem.checks import check_positive
+from sparsemem.distributed.asking import Asking, Calls, Outcomes
 from sparsemem.distributed.calls import Call
 from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.home import ShardHome, read_manifest
-from sparsemem.distributed.transport import Arguments, Numbering
+from sparsemem.distributed.traffic import Traffic
 from sparsemem.distributed.wire import Packed, received, sent
 
 RETRY_SECONDS = 0.2
+PATIENCE = 30.0
+DEFAULTS = {"max_restarts": -1, "num_cpus": 1, "scheduling_strategy": "SPREAD"}  # of actors
 
 
-@ray.remote(max_restarts=-1, num_cpus=1)
 class ShardActor:
     """One shard. Its folder has to be where every node that it may run on sees it."""
 
-    def __init__(self, path: str, shard: int) -> None:
-        self._home = ShardHome(Path(path), shard)
+    def __init__(self, path: str, shard: int, patience: float) -> None:
+        self._home = ShardHome(Path(path), shard, patience)
 
     def call(self, call: Packed) -> Packed:
         """What the shard answers."""
         return sent(self._home.call(Call(*received(call))))
 
 
-class RayShards:
+class RayShards(Asking):
     """The transport of a sharded bank over Ray.
 
     A call that finds its shard gone is made again until the shard is back; what it changes is
-    changed once, however often it is made.
+    changed once, however often it is made. The actors go with the process that started them.
 
     Args:
         actors: one a shard, in order.
         timeout: seconds after which a shard that has not answered is given up, with a ShardError.
+            What it was asked to change is not taken back: see `Asking`.
     """
 
     def __init__(self, actors: Sequence[ActorHandle[Any]], timeout: float = 60.0) -> None:
-        self._actors, self._timeout = list(actors), check_positive("timeout", timeout)
-        self._numbering = Numbering(uuid.uuid4().hex, len(self._actors))
+        super().__init__(len(actors))
+        self.traffic, self._is_owner = Traffic(), True
+        self._actors, self.timeout = list(actors), check_positive("timeout", timeout)
 
     @classmethod
-    def start(cls, path: Path, *, timeout: float = 60.0, **options: Any) -> RayShards:
+    def start(
+        cls, path: Path, *, timeout: float = 60.0, patience: float = PATIENCE, **options: Any
+    ) -> RayShards:
         """Actors for all shards of a sharded bank's folder, spread over the nodes.
 
-        options: of each actor, as Ray has them: num_cpus, memory, ...
+        Args:
+            path: the folder; each node has to see it.
+            timeout: as for the class.
+            patience: seconds that a shard waits for the process that has its folder to be gone.
+            options: of each actor, as Ray has them: num_cpus, memory, ...
         """
         manifest = read_manifest(path)
-        options = {"scheduling_strategy": "SPREAD", **options}
-        actors = [
-            ShardActor.options(**options).remote(str(path.absolute()), shard)  # type: ignore[attr-defined]
-            for shard in range(manifest.num_shards)
-        ]
+        options = {**DEFAULTS, **options}
+        actor, place = ray.remote(**options)(ShardActor), str(path.absolute())
+        actors = [actor.remote(place, shard, patience) for shard in range(manifest.num_shards)]
         return cls(actors, timeout)
 
-    @property
-    def num_shards(self) -> int:
-        """S."""
-        return len(self._actors)
-
-    def ask(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Any]:
-        """One call of each shard, all under way at once; what they answer, in order."""
-        deadline = time.monotonic() + self._timeout
-        calls = self._numbering.calls(operation, arguments)
-        packed = [None if call is None else sent(tuple(call)) for call in calls]
-        under_way = [self._begin(shard, call) for shard, call in enumerate(packed)]
-        return [
-            None if call is None else self._answer(shard, call, under_way[shard], deadline)
-            for shard, call in enumerate(packed)
-        ]
-
-    def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
-        """As `ask`, without waiting: a shard that is gone just then is not told."""
-        for shard, call in enumerate(self._numbering.calls(operation, arguments)):
-            if call is not None:
-                self._begin(shard, sent(tuple(call)))
+    def another(self) -> RayShards:
+        """For another client of the same shards; closing it ends none of them."""
+        other = RayShards(self._actors, self.timeout)
+        other._is_owner = False
+        return other
 
     def close(self) -> None:
         """End the actors; their folders stay."""
-        for actor in self._actors:
+        for actor in self._actors if self._is_owner else ():
             ray.kill(actor)
 
-    def _begin(self, shard: int, call: Packed | None) -> Any:
-        return None if call is None else self._actors[shard].call.remote(call)
+    def _exchange(self, calls: Calls, outcomes: Outcomes) -> None:
+        deadline = time.monotonic() + self.timeout
+        asked = {
+            shard: self.traffic.count_sent(sent(tuple(call)))
+            for shard, call in enumerate(calls)
+            if call is not None and shard not in outcomes
+        }
+        under_way = {shard: self._begin(shard, call) for shard, call in asked.items()}
+        failed: list[Exception] = []
+        for shard, call in asked.items():  # whatever one of them says, the others are heard
+            try:
+                outcomes[shard] = self._outcome(shard, call, under_way[shard], deadline)
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
-    def _answer(self, shard: int, call: Packed, under_way: Any, deadline: float) -> Any:
+    def _send(self, calls: Calls) -> None:
+        for shard, call in enumerate(calls):
+            if call is not None:
+                self._begin(shard, self.traffic.count_sent(sent(tuple(call))))
+
+    def _begin(self, shard: int, call: Packed) -> Any:
+        return self._actors[shard].call.remote(call)
+
+    def _outcome(self, shard: int, call: Packed, under_way: Any, deadline: float) -> Any:
+        """A shard's answer, or its ValueError."""
         while True:
             left = deadline - time.monotonic()
             try:
-                return received(ray.get(under_way, timeout=max(left, 0.001)))
+                answer = ray.get(under_way, timeout=max(left, 0.001))
+                return received(self.traffic.count_received(answer))
             except GetTimeoutError:
-                raise ShardError(
-                    f"shard {shard} has not answered within {self._timeout:g} seconds"
-                ) from None
+                what = f"has not answered within {self.timeout:g} seconds"
+                raise ShardError(f"shard {shard} {what}") from None
+            except RayTaskError as error:  # the shard's own
+                if isinstance(error.cause, ValueError):
+                    return error.cause
+                raise error.cause from None
             except RayActorError as error:  # it died before or during the call
+                if isinstance(error, ActorDiedError):
+                    raise ShardError(f"shard {shard} is gone for good: {reason(error)}") from None
                 if left < RETRY_SECONDS:
-                    raise ShardError(
-                        f"shard {shard} is gone and did not come back: {error}"
-                    ) from error
-                time.sleep(RETRY_SECONDS)
-                under_way = self._begin(shard, call)
+                    what = f"has not come back within {self.timeout:g} seconds"
+                    raise ShardError(f"shard {shard} {what}: {reason(error)}") from None
+            time.sleep(RETRY_SECONDS)
+            under_way = self._begin(shard, call)
+
+
+def reason(error: RayActorError) -> str:
+    """The last line of what Ray says, which is the shard's own error if it had one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -7,7 +7,8 @@ the calls of the log, in their order: the same calls give the same rows, bit for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.bank.errors import BankError
+from sparsemem.bank.journal import encode_tensors
 from sparsemem.checks import check_known
 from sparsemem.distributed.calls import Call, CallLog, from_arrays, to_arrays
 from sparsemem.distributed.shard import ShardBank
@@ -24,8 +26,30 @@ from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
 from sparsemem.optim.base import RowOptimizer
 from sparsemem.optim.remote import RowStep
 
-CHANGES = ("take", "write_at", "remove_at", "freeze_at", "step")  # logged, and done once
-LOOKS = ("find", "rows_at", "offer", "live_of", "trainable_of", "stats_at", "expire_at", "mark")
+CHANGES = (
+    "take",
+    "write_at",
+    "remove_at",
+    "freeze_at",
+    "step",
+    "select_rows",
+    "end_background",
+)  # logged, and done once
+LOOKS = (
+    "find",
+    "rows_at",
+    "offer",
+    "live_of",
+    "trainable_of",
+    "stats_at",
+    "expire_at",
+    "mark",
+    "tags_at",
+    "total_accesses",
+    "candidates",
+    "capacity",
+    "is_stepped",
+)
 OPTIMISERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowAdam, RowAdamW)}
 BANK, STATE = "bank", "state.safetensors"  # of a checkpoint
 
@@ -58,6 +82,8 @@ class ShardServer:
         check_known("operation", call.operation, CHANGES + LOOKS)
         if call.operation == "mark":
             self._marks.append(call.arguments)
+        if call.operation == "is_stepped":
+            return call.arguments[0] not in self._pushed
         if call.operation in LOOKS:
             return getattr(self.bank, call.operation)(*call.arguments)
         known = self._answers.get(call.client)
@@ -85,13 +111,13 @@ class ShardServer:
         by_table: dict[str, list[RowStep]] = {}
         for number in sorted(pushed):
             for step in pushed[number]:
-                by_table.setdefault(step.table, []).append(step)
+                by_table.setdefault(step.table, []).append(self.bank.unwritten(step))
         for name, parts in by_table.items():
             self._step_table(name, parts)
 
     def _step_table(self, name: str, parts: Sequence[RowStep]) -> None:
         table: Tensor = getattr(self.bank, name)
-        optimiser = self._optimiser(name, parts[0].kind)
+        optimiser = self.optimiser(f"{parts[0].kind} of {name}")
         optimiser.param_groups[0].update(parts[0].options)
         table.grad = gradient_of(table, parts)
         try:
@@ -108,12 +134,13 @@ class ShardServer:
         state = {
             # A bank's folder leaves it out: nobody's gradients outlive it there. Here they do.
             "written": (written, self.bank.book.written[written], self.bank.book.last_written),
+            "selection": self.bank.selection_state(),
             "answers": {client: tuple(answer) for client, answer in self._answers.items()},
             "optimisers": {
                 name: state_of(optimiser) for name, optimiser in self._optimisers.items()
             },
         }
-        write_synced(path / STATE, safetensors.torch.save(to_arrays(state)))
+        write_synced(path / STATE, encode_tensors(to_arrays(state)))
 
     @classmethod
     def restored(cls, path: Path, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
@@ -123,11 +150,11 @@ class ShardServer:
             state = from_arrays(safetensors.torch.load((path / STATE).read_bytes()))
             ids, times, server.bank.book.last_written = state["written"]
             server.bank.book.written.index_copy_(0, ids, times)
+            server.bank.load_selection(*state["selection"])
             for client, answer in state["answers"].items():
                 server._answers[client] = Answer(*answer)
             for name, saved in state["optimisers"].items():
-                kind, _, table = name.partition(" of ")
-                server._optimiser(table, kind).load_state_dict(loadable(saved))
+                server.load_optimiser(name, loadable(saved))
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
             raise BankError(f"{path / STATE} is not a shard's state: {error}") from error
         return server._gone_on(log, calls)
@@ -137,8 +164,14 @@ class ShardServer:
         """From an empty bank and all calls there were."""
         return cls(bank)._gone_on(log, calls)
 
-    def change_log(self, log: CallLog) -> None:
-        """Write into another log from now on."""
+    def change_log(self, begin: Callable[[int], CallLog]) -> None:
+        """Write into another log from now on, which `begin` begins at a record's number."""
+        sequence = 0
+        if self._log is not None:
+            self._write_marks()  # what was marked belongs to what came before
+            self._log.flush()
+            sequence = self._log.sequence
+        log = begin(sequence)
         if self._log is not None:
             self._log.close()
         self._log = log
@@ -147,6 +180,8 @@ class ShardServer:
         """Stop what runs in the background, and let go of the log."""
         self.bank.close()
         if self._log is not None:
+            with suppress(BankError):  # on a full disk these few accesses are lost, as by a crash
+                self._write_marks()
             self._log.close()
 
     def _gone_on(self, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
@@ -156,18 +191,19 @@ class ShardServer:
         return self
 
     def _write_down(self, call: Call) -> None:
-        if self._log is None:
-            self._marks.clear()
-            return
-        if self._marks:
+        self._write_marks()
+        if self._log is not None:
+            self._log.append(call)
+
+    def _write_marks(self) -> None:
+        if self._marks and self._log is not None:
             self._log.append(Call("marks", (list(self._marks),)))
-            self._marks.clear()
-        self._log.append(call)
+        self._marks.clear()
 
     def _replay(self, call: Call) -> None:
         if call.operation == "marks":
-            for ids, time in call.arguments[0]:
-                self.bank.mark(ids, time)
+            for mark in call.arguments[0]:
+                self.bank.mark(*mark)
         else:
             self._change(call)
 
@@ -180,13 +216,26 @@ class ShardServer:
         self._answers[call.client] = answer
         return answer
 
-    def _optimiser(self, table: str, kind: str) -> RowOptimizer:
-        check_known("table", table, ("keys", "values"))
+    def optimisers(self) -> Iterator[tuple[str, RowOptimizer]]:
+        """Those there are, by name: the class, " of ", and the table."""
+        yield from self._optimisers.items()
+
+    def optimiser(self, name: str) -> RowOptimizer:
+        """The optimiser of a name, made where there is none."""
+        kind, _, table = name.partition(" of ")
         check_known("optimiser", kind, list(OPTIMISERS))
-        key = f"{kind} of {table}"
-        if key not in self._optimisers:
-            self._optimisers[key] = OPTIMISERS[kind]([getattr(self.bank, table)])
-        return self._optimisers[key]
+        check_known("table", table, ("keys", "values"))
+        if name not in self._optimisers:
+            self._optimisers[name] = OPTIMISERS[kind]([getattr(self.bank, table)])
+        return self._optimisers[name]
+
+    def load_optimiser(self, name: str, saved: dict[str, Any]) -> None:
+        """Give an optimiser its state_dict. Its options say what state it has: they come first."""
+        optimiser = self.optimiser(name)
+        (group,) = saved["param_groups"]
+        options = {key: value for key, value in group.items() if key != "params"}
+        optimiser.param_groups[0].update(options)
+        optimiser.load_state_dict(saved)
 
 
 def gradient_of(table: Tensor, parts: Sequence[RowStep]) -> Tensor:

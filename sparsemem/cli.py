@@ -15,6 +15,7 @@ import typer
 from sparsemem.bank import commands as bank_commands
 from sparsemem.bench import commands as bench_commands
 from sparsemem.console import user_errors
+from sparsemem.distributed import commands as sharded_commands
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bank_commands.app.command()(sharded_commands.reshard)
 app.add_typer(bank_commands.app, name="bank")
 app.add_typer(bench_commands.app, name="bench")
 

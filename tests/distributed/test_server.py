@@ -100,7 +100,7 @@ def test_a_crash_loses_nothing_that_was_answered(tmp_path):
     server.call(put([0, 1, 2, 3], 1, 1))
     server.call(step([0, 1], 0.5, 1))
     server.checkpoint(tmp_path / "checkpoint")
-    server._log = CallLog.create(tmp_path / "later", SHARD)
+    server.change_log(lambda number: CallLog.create(tmp_path / "later", SHARD, number))
     server.call(step([1, 2], 0.25, 2))
     server.call(Call("mark", (torch.tensor([3, 3]), 4)))
     server.call(put([5], 7, 2, time=5))

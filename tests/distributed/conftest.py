@@ -1,0 +1,43 @@
+"""Ray on this machine, as several nodes, for the tests that need it."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# A node that is gone is missed after two seconds instead of twenty; one that is slow is not taken
+# for gone.
+QUICK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 20_000,
+    "health_check_failure_threshold": 4,
+}
+# Actors import this tree, whatever is installed; one thread each, as the tests have.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def _cluster():
+    """A head without room for actors, and two nodes."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=8) for _ in range(2)]
+    ray.init(address=cluster.address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False)
+    yield SimpleNamespace(cluster=cluster, nodes=nodes, address=cluster.address)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(_cluster):
+    """Two nodes for shards, both there."""
+    while len(_cluster.nodes) < 2:
+        _cluster.nodes.append(_cluster.cluster.add_node(num_cpus=8))
+    return _cluster

@@ -1,0 +1,453 @@
+"""A shard's folder gives back all that was answered, whatever stopped its process and when."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsemem.bank.errors import BankError, DamagedError
+from sparsemem.distributed import home as home_module
+from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.calls import Call
+from sparsemem.distributed.home import ShardHome, checkpoint_at, folder_of, read_manifest
+from sparsemem.distributed.home import write_manifest as put_in_force
+from sparsemem.distributed.transport import LocalShards
+from sparsemem.optim import RowAdam
+from tests.oracles.failing_disk import ENOSPC, fail_at, fail_file, fail_half_way
+from tests.oracles.shard_states import same_state, state_of
+
+ROWS, WIDTH, SHARDS = 12, 3, 2
+
+
+def new_bank(path, **options):
+    ShardedBank.create(path, ROWS, WIDTH, num_shards=SHARDS, **options)
+    return opened(path)
+
+
+def opened(path):
+    return ShardedBank(path, LocalShards(path))
+
+
+def step(bank, seed):
+    """Read, and step the rows that were read."""
+    optimiser = RowAdam([bank.keys], lr=0.1)
+    queries = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed))
+    hit = bank.read(queries, 3)
+    hit.scores.square().sum().backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    return hit.scores.sum().item()
+
+
+def filled(bank):
+    bank.append(torch.randn(ROWS - 2, WIDTH), tags=torch.arange(ROWS - 2))
+    step(bank, 1)
+    return bank
+
+
+def change(bank):
+    """Some of each: appended, removed, written, frozen, stepped."""
+    bank.append(torch.randn(1, WIDTH), ttl=50)
+    bank.remove(torch.tensor([3]))
+    bank.write(torch.tensor([0, 5]), torch.randn(2, WIDTH))
+    bank.freeze(torch.tensor([6]))
+    step(bank, 2)
+
+
+def then(bank):
+    """What it does from here on: the same of all that are the same."""
+    return [step(bank, seed) for seed in (7, 8)], state_of(bank)
+
+
+class Crashes:
+    """Copies a folder as a crash would leave it, before every call that changes the disk."""
+
+    def __init__(self, monkeypatch, path, copies):
+        self.path, self.copies, self.states = path, copies, []
+        watched = [(os, name) for name in ("fsync", "replace", "ftruncate", "write", "mkdir")]
+        for module, name in [*watched, (Path, "unlink"), (shutil, "rmtree")]:
+            self.watch(monkeypatch, module, name)
+
+    def watch(self, monkeypatch, module, name):
+        real = getattr(module, name)
+
+        def watched(*arguments, **options):
+            self.crash(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    def crash(self, name):
+        copy = self.copies / f"{len(self.states)}-{name}"
+        subprocess.run(["cp", "-r", self.path, copy], check=True)
+        self.states.append(copy)
+
+
+def test_a_crash_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch):
+    path, copies = tmp_path / "bank", tmp_path / "copies"
+    copies.mkdir()
+    bank = filled(new_bank(path))
+    bank.save()
+    change(bank)
+    expected = state_of(bank)
+    with monkeypatch.context() as patch:
+        crashes = Crashes(patch, path, copies)
+        bank.save()
+    assert len(crashes.states) > 40
+    losses, after = then(bank)
+    for number, state in enumerate(crashes.states):
+        again = opened(state)
+        same_state(state_of(again), expected)
+        if number % 4 == 0:
+            assert then(again)[0] == losses, state
+            same_state(state_of(again), after)
+            again.save()  # whatever number the crash left unused
+            saved = state_of(again)
+            step(again, 3)
+            again.restore()
+            same_state(state_of(again), saved)
+        again.close()
+
+
+def test_a_crash_at_any_moment_of_a_restore_leaves_all_shards_before_or_after_it(
+    tmp_path, monkeypatch
+):
+    path, copies = tmp_path / "bank", tmp_path / "copies"
+    copies.mkdir()
+    bank = filled(new_bank(path))
+    bank.save()
+    saved = state_of(bank)
+    change(bank)
+    later = state_of(bank)
+    with monkeypatch.context() as patch:
+        crashes = Crashes(patch, path, copies)
+        bank.restore()
+    same_state(state_of(bank), saved)
+    assert len(crashes.states) > 6
+    gone_back = 0
+    for state in crashes.states:
+        again = opened(state)
+        if gone_back or read_manifest(state).log != read_manifest(state).version:
+            gone_back += 1
+            same_state(state_of(again), saved)
+        else:
+            same_state(state_of(again), later)
+        again.close()
+    assert 0 < gone_back < len(crashes.states)
+    step(bank, 4)
+    after = state_of(bank)
+    bank.close()
+    again = opened(path)
+    same_state(state_of(again), after)
+
+
+def test_a_bank_goes_back_as_often_as_asked(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.save()
+    saved = state_of(bank)
+    for _ in range(3):
+        change(bank)
+        bank.restore()
+        same_state(state_of(bank), saved)
+        change(bank)  # its changes are numbered anew
+    bank.close()
+    again = opened(tmp_path / "bank")
+    again.restore()
+    same_state(state_of(again), saved)
+
+
+def test_a_bank_goes_back_to_being_empty(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.restore()
+    assert bank.stats()["num_live"] == 0
+    filled(bank)
+    bank.close()
+    again = opened(tmp_path / "bank")
+    assert again.stats()["num_live"] == ROWS - 2
+
+
+def test_a_checkpoint_whose_answer_was_lost_is_not_made_again(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    home = bank.shards.homes[1]
+    home.call(Call("checkpoint", (5,)))
+    file = checkpoint_at(home.folder, 5) / "state.safetensors"
+    made = file.stat().st_ino
+    home.call(Call("checkpoint", (5,)))
+    assert file.stat().st_ino == made
+    with pytest.raises(BankError, match="version is 4, expected more than 5, the last"):
+        home.call(Call("checkpoint", (4,)))
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_a_save_that_failed_on_one_shard_is_made_again_whole(tmp_path, monkeypatch, shard):
+    bank = filled(new_bank(tmp_path / "bank"))
+    real, failing = ShardHome.checkpoint, {shard}
+
+    def checkpoint(home, version):
+        if home.shard in failing:
+            raise BankError("the disk is full")
+        real(home, version)
+
+    monkeypatch.setattr(ShardHome, "checkpoint", checkpoint)
+    with pytest.raises(BankError, match="the disk is full"):
+        bank.save()
+    change(bank)
+    saved = state_of(bank)
+    failing.clear()
+    bank.save()  # of this moment in all shards, though one has a checkpoint of the one before
+    step(bank, 3)
+    bank.restore()
+    same_state(state_of(bank), saved)
+
+
+@pytest.mark.parametrize("method", ["write", "flush"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_disk_that_is_full_while_saving(tmp_path, monkeypatch, method, number):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.save()
+    change(bank)
+    expected = state_of(bank)
+    with monkeypatch.context() as patch:
+        failed = fail_file(patch, method, number, ENOSPC)
+        with pytest.raises(BankError, match="No space left on device"):
+            bank.save()
+        assert failed
+    same_state(state_of(bank), expected)
+    bank.close()
+    again = opened(tmp_path / "bank")
+    same_state(state_of(again), expected)
+    again.save()
+    again.restore()
+    same_state(state_of(again), expected)
+
+
+def test_a_change_that_one_shard_had_no_room_for_is_made_good(tmp_path, monkeypatch):
+    bank = filled(new_bank(tmp_path / "bank"))
+    ids, rows = torch.arange(4), torch.arange(12.0).view(4, 3)
+    for failing in (lambda p: fail_half_way(p, 1, ENOSPC), lambda p: fail_at(p, os, "write", 0, 5)):
+        with monkeypatch.context() as patch:
+            failing(patch)
+            with pytest.raises(BankError, match=r"No space left|Input/output error"):
+                bank.write(ids, rows)
+        assert torch.equal(bank.gather(ids), rows)  # asking anything brings it to its end
+        bank.write(ids, rows + 1)
+    bank.remove(torch.tensor([1]))
+    expected = state_of(bank)
+    bank.close()
+    again = opened(tmp_path / "bank")
+    same_state(state_of(again), expected)
+
+
+def test_a_step_that_is_asked_for_again_is_one_step(tmp_path, monkeypatch):
+    states = []
+    for name in ("one", "two"):
+        torch.manual_seed(0)
+        bank = filled(new_bank(tmp_path / name))
+        optimiser = RowAdam([bank.keys], lr=0.1)
+        bank.read(torch.ones(1, WIDTH), 8).scores.sum().backward()
+        if name == "two":
+            for number in (0, 1):
+                with monkeypatch.context() as patch:
+                    fail_at(patch, os, "write", number, ENOSPC)
+                    with pytest.raises(BankError, match="No space left"):
+                        optimiser.step()
+        optimiser.step()
+        states.append(state_of(bank))
+    same_state(*states)
+
+
+def test_two_homes_on_one_folder_are_refused(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    with pytest.raises(BankError, match="shard-00000 is in use"):
+        LocalShards(tmp_path / "bank")
+    bank.close()
+    opened(tmp_path / "bank").close()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sparsemem.distributed.transport import LocalShards
+shards = LocalShards(Path(sys.argv[1]))
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_does_not_last(tmp_path, repository):
+    bank = filled(new_bank(tmp_path / "bank"))
+    expected = state_of(bank)
+    bank.close()
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "bank")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as holder:
+        assert holder.stdout.readline() == b"open\n"
+        with pytest.raises(BankError, match="is in use"):
+            LocalShards(tmp_path / "bank")
+        holder.kill()
+        home = ShardHome(tmp_path / "bank", 0, patience=10.0)  # it may take a moment to go
+    home.close()
+    same_state(state_of(opened(tmp_path / "bank")), expected)
+
+
+def test_a_torn_tail_is_of_no_call_that_was_answered(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    expected = state_of(bank)
+    bank.close()
+    log = folder_of(tmp_path / "bank", 1) / "calls-0"
+    whole = log.read_bytes()
+    for tail in (b"SMBL torn", bytes(100), whole[:40]):
+        log.write_bytes(whole + tail)
+        again = opened(tmp_path / "bank")
+        same_state(state_of(again), expected)
+        again.close()
+        assert log.read_bytes() == whole
+
+
+def two_logs(tmp_path):
+    """A bank whose shards have a log from before a save that failed, and one from after it."""
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank._ask("checkpoint", (1,))
+    change(bank)
+    bank.close()
+    return folder_of(tmp_path / "bank", 0)
+
+
+def test_a_log_that_is_missing_is_noticed(tmp_path):
+    folder = two_logs(tmp_path)
+    (folder / "calls-0").rename(tmp_path / "calls-0")
+    with pytest.raises(DamagedError, match=r"cannot read .*calls-0: it is missing"):
+        ShardHome(tmp_path / "bank", 0)
+
+
+def test_a_log_that_lost_its_end_is_noticed(tmp_path):
+    folder = two_logs(tmp_path)
+    size = (folder / "calls-0").stat().st_size
+    os.truncate(folder / "calls-0", size - 5)
+    with pytest.raises(DamagedError, match="calls-0 is torn, and calls-1 goes on after it"):
+        ShardHome(tmp_path / "bank", 0)
+
+
+def test_a_log_that_lost_whole_records_is_noticed(tmp_path):
+    folder = two_logs(tmp_path)
+    bank = home_module.CallLog.read(folder / "calls-1", read_manifest(tmp_path / "bank").log_id(0))
+    assert bank.first > 1
+    begun = (folder / "calls-0").read_bytes()
+    length = 32 + int.from_bytes(begun[16:24], "little")
+    (folder / "calls-0").write_bytes(begun[:length])
+    with pytest.raises(DamagedError, match=r"calls-1 begins with \d+, expected 1"):
+        ShardHome(tmp_path / "bank", 0)
+
+
+def test_logs_of_others_are_refused(tmp_path):
+    filled(new_bank(tmp_path / "bank")).close()
+    filled(new_bank(tmp_path / "other")).close()
+    for source in (folder_of(tmp_path / "bank", 1), folder_of(tmp_path / "other", 0)):
+        shutil.copy(source / "calls-0", folder_of(tmp_path / "bank", 0) / "calls-0")
+        with pytest.raises(BankError, match="calls-0 is another shard's log"):
+            ShardHome(tmp_path / "bank", 0)
+
+
+def test_a_manifest_that_is_old_is_noticed(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    old = [read_manifest(tmp_path / "bank")]
+    bank.save()
+    old.append(read_manifest(tmp_path / "bank"))
+    step(bank, 1)
+    bank.save()
+    bank.close()
+    for manifest in old:
+        put_in_force(tmp_path / "bank", manifest)
+        with pytest.raises(DamagedError, match=f"calls-{manifest.version}: it is missing"):
+            ShardHome(tmp_path / "bank", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a sharded bank's: it: Invalid JSON"),
+        ('{"format": "sparsemem bank"}', "is not a sharded bank's: format: "),
+        (None, "cannot read .*manifest.json: No such file"),
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path, text, message):
+    new_bank(tmp_path / "bank").close()
+    file = tmp_path / "bank" / "manifest.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(BankError, match=message):
+        ShardHome(tmp_path / "bank", 0)
+
+
+def test_a_checkpoint_that_is_damaged_is_refused(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.save()
+    bank.close()
+    place = checkpoint_at(folder_of(tmp_path / "bank", 0), 1)
+    state = place / "state.safetensors"
+    data = state.read_bytes()
+    state.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BankError, match=r"state.safetensors is not a shard's state"):
+        ShardHome(tmp_path / "bank", 0)
+    shutil.rmtree(place)
+    with pytest.raises(BankError, match="checkpoint-1"):
+        ShardHome(tmp_path / "bank", 0)
+
+
+def test_what_is_not_needed_goes(tmp_path, monkeypatch):
+    bank = filled(new_bank(tmp_path / "bank"))
+    monkeypatch.setattr(ShardHome, "forget", lambda home: None)
+    bank.save()
+    step(bank, 1)
+    bank.save()
+    bank.close()
+    folder = folder_of(tmp_path / "bank", 0)
+    assert {"calls-0", "calls-1", "calls-2", "checkpoint-1"} <= set(os.listdir(folder))
+    monkeypatch.undo()
+    opened(tmp_path / "bank").close()
+    assert sorted(os.listdir(folder)) == ["calls-2", "checkpoint-2", "lock"]
+
+
+def test_marks_are_counted_once_across_a_save(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.read(torch.randn(3, WIDTH), 2)
+    for version in (1, 2):
+        bank._ask("checkpoint", (version,))  # by a save that does not get to its end
+    bank.write(torch.tensor([0]), torch.ones(1, WIDTH))
+    bank.read(torch.randn(3, WIDTH), 2)
+    bank.write(torch.tensor([1]), torch.ones(1, WIDTH))
+    expected = state_of(bank)
+    bank.close()
+    same_state(state_of(opened(tmp_path / "bank")), expected)
+
+
+def test_rows_written_before_a_driver_came_take_gradients(tmp_path):
+    bank = filled(new_bank(tmp_path / "bank"))
+    change(bank)
+    clock = bank.clock
+    bank.close()
+    again = opened(tmp_path / "bank")
+    assert again.clock >= clock - 1
+    again.read(torch.randn(4, WIDTH), 3).scores.sum().backward()
+    assert again.keys.grad.coalesce().indices().shape[1] > 3
+
+
+def test_a_shard_that_could_not_go_back_does_so_at_the_next_call(tmp_path, monkeypatch):
+    bank = filled(new_bank(tmp_path / "bank"))
+    bank.save()
+    saved = state_of(bank)
+    change(bank)
+    with monkeypatch.context() as patch:
+
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(home_module.CallLog, "create", full)
+        with pytest.raises(BankError, match="No space left on device"):
+            bank.restore()
+    bank.restore()
+    same_state(state_of(bank), saved)

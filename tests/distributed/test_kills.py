@@ -1,0 +1,148 @@
+"""Training goes on as if nothing had happened, whatever is killed under it."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from sparsemem.bank.errors import BankError
+from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.transport import LocalShards
+from tests.oracles.shard_kills import (
+    SHARDS,
+    Killer,
+    comparable,
+    lose_node,
+    new_folder,
+    processes,
+    schedule,
+    train,
+    undisturbed,
+)
+from tests.oracles.shard_states import same_state, state_of
+
+pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 500
+SOAK_SECONDS = float(os.environ.get("SPARSEMEM_SOAK_SECONDS", "60"))
+
+
+def start(path, **options):
+    from sparsemem.distributed.rayshards import RayShards
+
+    return ShardedBank(path, RayShards.start(path, **options))
+
+
+def held(path):
+    """What a closed bank's folder holds, once its actors are gone."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            bank = ShardedBank(path, LocalShards(path))
+        except BankError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            state = comparable(state_of(bank))
+            bank.close()
+            return state
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_losses_and_rows_are_those_of_the_undisturbed_run(cluster, tmp_path, seed):
+    expected, rows = undisturbed(new_folder(tmp_path / "one"), STEPS)
+    bank = start(new_folder(tmp_path / "two"), timeout=120.0)
+    killer = Killer(cluster, bank, schedule(seed, STEPS, 6, saves=2))
+    losses, _ = train(bank, STEPS, killer)
+    for thread in killer.threads:
+        thread.join()
+    bank.close()
+    assert len(killer.done) == 6
+    assert losses == expected
+    same_state(held(tmp_path / "two"), rows)
+
+
+class Load:
+    """Reads, writes, steps and saves, drawn at random, and what the rows written should be."""
+
+    def __init__(self, bank):
+        self.bank, self.draw = bank, random.Random(3)
+        self.written = {}
+        self.done = 0
+
+    def turn(self):
+        kind = self.draw.choices(["read", "write", "remove", "save", "stats"], [60, 30, 5, 1, 4])[0]
+        getattr(self, kind)()
+        self.done += 1
+
+    def read(self):
+        self.bank.read(torch.randn(4, self.bank.width), 5)
+
+    def write(self):
+        ids = self.draw.sample(range(self.bank.num_rows), 8)
+        value = float(self.done)
+        self.bank.write(torch.tensor(ids), torch.full((8, self.bank.width), value))
+        self.written.update(dict.fromkeys(ids, value))
+
+    def remove(self):
+        gone = self.draw.sample(range(self.bank.num_rows), 4)
+        self.bank.remove(torch.tensor(gone))
+        for id in gone:
+            self.written.pop(id, None)
+
+    def save(self):
+        self.bank.save()
+
+    def stats(self):
+        assert self.bank.stats()["num_rows"] == self.bank.num_rows
+
+    def check(self):
+        ids = sorted(self.written)
+        rows = self.bank.gather(torch.tensor(ids))[:, 0].tolist()
+        assert rows == [self.written[id] for id in ids]
+
+
+def resident(pid):
+    """Megabytes of a process's own memory."""
+    with open(f"/proc/{pid}/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.timeout(900)
+def test_a_mixed_load_with_a_kill_every_ten_seconds(cluster, tmp_path):
+    bank = start(new_folder(tmp_path / "bank"), timeout=120.0)
+    load, draw = Load(bank), random.Random(4)
+    end = time.monotonic() + SOAK_SECONDS
+    seen, sizes, kills = set(), [], 0
+    while time.monotonic() < end:
+        pids = processes(bank)
+        seen.update(pids)
+        kills += 1
+        if kills % 4:
+            killing = threading.Timer(0.5, os.kill, (draw.choice(pids), signal.SIGKILL))
+        else:
+            killing = threading.Timer(0.5, lose_node, (cluster, draw.randrange(2)))
+        killing.start()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            load.turn()
+        killing.join()
+        load.check()
+        sizes.append((resident(os.getpid()), max(map(resident, processes(bank)))))
+    seen.update(processes(bank))
+    bank.close()
+    assert load.done > 100
+    first, last = sizes[0], sizes[-1]
+    assert all(late < early + 40 for early, late in zip(first, last, strict=True)), sizes
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in seen) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in seen if os.path.exists(f"/proc/{pid}")]
+    assert len(seen) >= SHARDS + kills - 1
