@@ -5,17 +5,13 @@ That nothing stale surfaces and nothing fresh is missed is in test_contract.py a
 
 import contextlib
 import threading
-import types
-import warnings
 from random import Random
 
 import pytest
 import torch
 
-from sparsemem.indexes import device_faiss
-from sparsemem.indexes.derived import Derived
 from sparsemem.indexes.device_derived import DeviceDerived
-from sparsemem.indexes.device_faiss import ENGINES, Engine, GpuEngine, engine_for, is_served
+from sparsemem.indexes.device_faiss import GpuEngine
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.factory import make_index
 from sparsemem.indexes.metrics import Metric
@@ -366,93 +362,6 @@ def test_what_a_search_and_a_change_wait_for(device):
     with Synchronisations() as waits, torch.no_grad():
         index._search(queries, K)
     assert waits.found == ["_local_scalar_dense"]  # whether a query is to be scanned
-
-
-def test_what_faiss_has_on_gpus():
-    for name in ("Flat", "IVF4096,Flat", "IVF64,SQ8", "IVF64,SQfp16", "IVF64,PQ16", "IVF1,PQ8np"):
-        assert is_served(name)
-    for name in ("HNSW32", "LSH", "IVF64,PQ7", "IVF64,PQ16x4fs", "IVF64_HNSW32,Flat", "PCA4,Flat"):
-        assert not is_served(name)
-
-
-def test_what_is_searched_on_the_host_says_so_once(monkeypatch):
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    if not GpuEngine.there():
-        with pytest.warns(
-            UserWarning, match=r"'IVF4,Flat' of rows on cuda:0 is searched on the ho"
-        ):
-            assert engine_for("IVF4,Flat", gpu) is None
-    monkeypatch.setattr(GpuEngine, "there", staticmethod(lambda: True))
-    with pytest.warns(
-        UserWarning, match=r"'HNSW8' .* searched on the host: FAISS knows 'Flat' and"
-    ):
-        assert engine_for("HNSW8", gpu) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert engine_for("IVF4,Flat", gpu) is GpuEngine
-        monkeypatch.delitem(ENGINES, "cpu")
-        assert engine_for("HNSW8", cpu) is None
-        assert isinstance(make("cpu").current, Derived)
-
-
-class Resources:
-    """Stands for FAISS's resources of a GPU, and keeps what it is told."""
-
-    made: list = []  # noqa: RUF012
-
-    def __init__(self):
-        self.calls = []
-        Resources.made.append(self)
-
-    def __getattr__(self, name):
-        return lambda *arguments: self.calls.append((name, *arguments))
-
-
-class Options:
-    use_cuvs = True
-
-
-@pytest.mark.parametrize("name", [*NAMES, "IVF16,PQ4np"])
-def test_how_faiss_gpu_is_called(name, monkeypatch):
-    """All but FAISS GPU itself."""
-    copies = []
-
-    def copied(resources, number, index, options):
-        assert not options.use_cuvs
-        assert options.indicesOptions == 3
-        copies.append((resources, number, faiss.clone_index(index)))
-        return copies[-1][2]
-
-    monkeypatch.setattr(Resources, "made", [])
-    for member, value in {
-        "StandardGpuResources": Resources,
-        "GpuClonerOptions": Options,
-        "INDICES_64_BIT": 3,
-        "index_cpu_to_gpu": copied,
-        "cast_integer_to_cudastream_t": lambda number: f"stream {number}",
-    }.items():
-        monkeypatch.setattr(faiss, member, value, raising=False)
-    monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
-    stream = types.SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda number: stream)
-    rows = clustered(3000)
-    engine = GpuEngine(name, W, Metric.l2, torch.device("cpu"))
-    centroids = engine.train(rows)
-    (resources,) = Resources.made
-    assert resources.calls[:2] == [("setTempMemory", 2**28), ("setPinnedMemory", 0)]
-    assert ("setDefaultStream", 0, "stream 7") in resources.calls
-    assert len(copies) == (1 if name == "Flat" else 2)  # the one that is filled comes last
-    assert all(copy[:2] == (resources, 0) for copy in copies)
-    assert (centroids is None) == (name == "Flat")
-    engine.add(rows[:2000])
-    engine.add(rows[2000:])
-    assert (engine.next_label, copies[-1][2].ntotal) == (3000, 3000)
-    like = Engine(name, W, Metric.l2, torch.device("cpu"))
-    like.train(rows)
-    like.add(rows)
-    for mine, theirs in zip(engine.search(rows, 5, 4), like.search(rows, 5, 4), strict=True):
-        assert torch.equal(mine, theirs)
-    assert engine.num_bytes() == like.num_bytes() + device_faiss.TEMPORARY_BYTES
 
 
 @pytest.mark.gpu
