@@ -1,7 +1,7 @@
 """A part of scripts/gpu_check: pytest -m gpu, and once more, alone, what fell with the device.
 
 A kernel that reads where nothing is leaves its process without a device, and every later test of
-that process fails: so tests run file by file in several processes where pytest-xdist is there, and
+that process fails: so tests run in several processes where pytest-xdist is there, and
 those that failed so are repeated in processes of their own.
 """
 
@@ -81,7 +81,7 @@ def run(tests: list[str], given: Options, seconds: float, alone: bool = False) -
             line += ["-p", "load"]  # imported before any test: it makes FAISS importable
         in_processes = find_spec("xdist") and not alone and not given.tiny
         if in_processes:
-            line += ["-n", str(WORKERS), "--dist", "loadfile"]
+            line += ["-n", str(WORKERS), "--dist", "worksteal"]
         if find_spec("pytest_timeout"):
             # A thread can end a test that waits for the device; it ends the process, too.
             method = "thread" if in_processes else "signal"
