@@ -35,6 +35,8 @@ class Change(NamedTuple):
 class Asking(ABC):
     """A client of S shards. It may be used by one thread at a time."""
 
+    _open: Change | None  # it has not come to its end
+
     def __init__(self, num_shards: int) -> None:
         self._num_shards = num_shards
         self._begin_anew()
@@ -53,8 +55,8 @@ class Asking(ABC):
             return self._finish(self._open)
         self.settle()
         if operation in CHANGES:
-            self._open = Change(self._calls(operation, arguments), {})
-            return self._finish(self._open)
+            change = self._open = Change(self._calls(operation, arguments), {})
+            return self._finish(change)
         outcomes: Outcomes = {}
         self._exchange(calls, outcomes)
         return answers(outcomes, self._num_shards)
@@ -91,7 +93,7 @@ class Asking(ABC):
     def _begin_anew(self) -> None:
         """As another client, with no change open."""
         self._client, self._last = uuid.uuid4().hex, [0] * self._num_shards
-        self._open: Change | None = None
+        self._open = None
 
     def _calls(self, operation: str, arguments: Sequence[Arguments | None]) -> list[Call | None]:
         return [

@@ -66,7 +66,8 @@ class RayShards(Asking):
         """
         manifest = read_manifest(path)
         options = {**DEFAULTS, **options}
-        actor, place = ray.remote(**options)(ShardActor), str(path.absolute())
+        actor: Any = ray.remote(**options)(ShardActor)
+        place = str(path.absolute())
         actors = [actor.remote(place, shard, patience) for shard in range(manifest.num_shards)]
         return cls(actors, timeout)
 

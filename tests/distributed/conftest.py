@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.oracles.shard_kills import restock
+
 ROOT = Path(__file__).resolve().parents[2]
 # A node that is gone is missed after two seconds instead of twenty; one that is slow is not taken
 # for gone.
@@ -38,6 +40,5 @@ def _cluster():
 @pytest.fixture
 def cluster(_cluster):
     """Two nodes for shards, both there."""
-    while len(_cluster.nodes) < 2:
-        _cluster.nodes.append(_cluster.cluster.add_node(num_cpus=8))
+    restock(_cluster)
     return _cluster

@@ -19,6 +19,7 @@ from tests.oracles.shard_kills import (
     lose_node,
     new_folder,
     processes,
+    restock,
     schedule,
     train,
     undisturbed,
@@ -60,8 +61,7 @@ def test_losses_and_rows_are_those_of_the_undisturbed_run(cluster, tmp_path, see
     bank = start(new_folder(tmp_path / "two"), timeout=120.0)
     killer = Killer(cluster, bank, schedule(seed, STEPS, 6, saves=2))
     losses, _ = train(bank, STEPS, killer)
-    for thread in killer.threads:
-        thread.join()
+    killer.join()
     bank.close()
     assert len(killer.done) == 6
     assert losses == expected
@@ -134,6 +134,7 @@ def test_a_mixed_load_with_a_kill_every_ten_seconds(cluster, tmp_path):
         while time.monotonic() < until:
             load.turn()
         killing.join()
+        restock(cluster)
         load.check()
         sizes.append((resident(os.getpid()), max(map(resident, processes(bank)))))
     seen.update(processes(bank))

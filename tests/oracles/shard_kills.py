@@ -108,12 +108,17 @@ class Killer:
 
     def __call__(self, step):
         for kill in self.left.pop(step, ()):
-            for thread in self.threads:
-                thread.join()
+            self.join()
             self.pids = processes(self.bank)
             thread = threading.Thread(target=self.kill, args=(kill,))
             thread.start()
             self.threads.append(thread)
+
+    def join(self):
+        """Wait for what is under way."""
+        for thread in self.threads:
+            thread.join()
+        restock(self.cluster)
 
     def kill(self, kill):
         time.sleep(kill.delay)
@@ -126,10 +131,15 @@ class Killer:
 
 
 def lose_node(cluster, which):
-    """A node is gone, all its processes with it; another one comes."""
+    """A node is gone, all its processes with it."""
     node = cluster.nodes.pop(which % len(cluster.nodes))
     cluster.cluster.remove_node(node, allow_graceful=False)
-    cluster.nodes.append(cluster.cluster.add_node(num_cpus=8))
+
+
+def restock(cluster):
+    """Another node for each that is gone. In the main thread: Ray sets handlers of signals."""
+    while len(cluster.nodes) < 2:
+        cluster.nodes.append(cluster.cluster.add_node(num_cpus=8))
 
 
 def processes(bank):
