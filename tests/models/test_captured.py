@@ -2,17 +2,13 @@
 
 import copy
 import warnings
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import sparsemem
-from sparsemem import devices
-from sparsemem.models import captured as captured_module
-from sparsemem.models.captured import Captured, CapturedState, Graphs
+from sparsemem.models.captured import Captured, CapturedState
 from tests.oracles.fake_graphs import FakeGraphs
 
 SIZES = {"input_size": 3, "hidden_size": 8, "output_size": 2}
@@ -303,92 +299,6 @@ def test_arguments(plain_errors):
         Captured(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="max_graphs is 0, expected at least 1"):
         Captured(MODELS["lstm"](), max_graphs=0)
-
-
-class Torch:
-    """Stands in for `torch.cuda`, and lists what it is asked to do."""
-
-    def __init__(self):
-        self.calls = []
-        self.wait_mode = 0
-
-    def __getattr__(self, name):
-        @contextmanager
-        def entered():
-            self.calls.append(name)
-            yield
-            self.calls.append(f"end {name}")
-
-        return lambda *_, **__: entered()
-
-    def synchronize(self):
-        self.calls.append("synchronize")
-
-    def current_stream(self):
-        return "before"
-
-    def set_stream(self, stream):
-        self.calls.append(f"stream {stream}")
-
-    def get_sync_debug_mode(self):
-        return self.wait_mode
-
-    def set_sync_debug_mode(self, mode):
-        self.wait_mode = mode
-        self.calls.append(f"waits {mode}")
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
-
-
-def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
-    fake = Torch()
-    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
-    seen = []
-    forward = type(model).forward
-
-    def watched(self, input, state=None):
-        seen.append((devices._rehearsed, fake.wait_mode))
-        return forward(self, input, state)
-
-    monkeypatch.setattr(type(model), "forward", watched)
-    input, other = inputs(2)
-    graphs = Graphs(model, input, "pool")
-    assert seen == [(True, 0), (True, "error"), (False, 0)]
-    rehearsed = ["synchronize", "stream", "waits error", "waits 0", "end stream", "synchronize"]
-    recorded = ["graph", "end graph", "graph", "end graph", "stream before", "end device"]
-    assert fake.calls == ["device", *rehearsed, *recorded]
-    expected, _ = model(input)
-    output, touched = graphs.forward(other)
-    assert_same(output, expected.detach())  # what was recorded: nothing is run by this replay
-    assert not output.requires_grad
-    assert len(touched) == 2
-    assert torch.equal(graphs._input, other)
-    found = graphs.backward(torch.ones_like(output))
-    wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
-    assert_same(list(found), list(wanted))
-    assert fake.calls[-2:] == ["replay", "replay"]
-
-
-def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch, model):
-    fake = Torch()
-    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
-    monkeypatch.setattr(captured_module, "on_gpu", lambda input: True)
-
-    def fails(self, input, state=None):
-        if devices._rehearsed:
-            raise ValueError("no")
-        return self.original(input, state)
-
-    model.original = model.forward
-    monkeypatch.setattr(type(model), "forward", fails)
-    fast = sparsemem.captured(model)
-    fast(inputs(1)[0])
-    with pytest.warns(RuntimeWarning, match="step by step: ValueError: no"):
-        fast(inputs(1)[0])
-    assert not devices._rehearsed
-    assert fake.wait_mode == 0
-    assert fake.calls[-1] == "stream before"
 
 
 # On a GPU --------------------------------------------------------------------------------
