@@ -18,7 +18,7 @@ from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.asking import Arguments
 from sparsemem.distributed.fetched import Known, Moment
 from sparsemem.distributed.home import read_manifest
-from sparsemem.distributed.merging import Fetched, assembled, merged, picked
+from sparsemem.distributed.merging import Fetched, assembled, merged
 from sparsemem.distributed.placement import Part
 from sparsemem.distributed.rowless import Rowless
 from sparsemem.distributed.shard import ShardFound, Standing
@@ -116,23 +116,27 @@ class Client(Rowless):
         self._known.changed(clocks)
         self._hear(self._known.clocks)
 
-    def _mark(self, ids: Tensor, time: int) -> None:
-        parts = self.placement.split(ids.flatten())
-        each = [(p.local, time, self._batch) if len(p.local) else None for p in parts]
-        self.shards.tell("mark", each)
-
     def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
-        """The best rows of all shards, marked as accessed; and what was known then."""
-        time, dtype = self._tick(), self.computing_dtype
-        parts: list[ShardFound] = self._ask("find", (queries, top_k, time, bool(self.wire_dtype)))
+        """The best rows of all shards, an access of each; and what was known when they were found.
+
+        First scores and ids, of which every shard sends K a query, then only the rows that are
+        left. What another client changes between the two is seen as it is then.
+        """
+        parts: list[ShardFound] = self._ask("find", (queries, top_k, self._tick()))
         self._know(part.standing for part in parts)
         found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
-        self._mark(found.ids, self.clock)
-        tables = []
-        for name in ("rows", "values"):
-            sent = [getattr(part, name) for part in parts]
-            if sent[0] is not None:
-                own = [part.ids for part in parts]
-                tables.append(picked(self.placement, found.ids, own, sent).to(dtype))
+        owners = self.placement.split(found.ids.flatten())
+        more = self.clock, self._batch, bool(self.wire_dtype)
+        each = [(part.local, *more) if len(part.local) else None for part in owners]
+        sent = self.shards.ask("fetch", each)
+        shape, tables = found.ids.shape, []
+        for number, table in enumerate(self.tables):
+            rows = found.scores.new_zeros(*shape, table.shape[1])
+            for part, own in zip(owners, sent, strict=True):
+                if own is not None:
+                    rows.view(-1, table.shape[1]).index_copy_(
+                        0, part.places, own[number].to(rows.dtype)
+                    )
+            tables.append(rows)
         rows, values = tables if len(tables) > 1 else (tables[0], None)
         return Fetched(found.scores, found.ids, rows, values), self._known.moment

@@ -43,22 +43,6 @@ def merged(placement: Placement, found: Sequence[Found], k: int, metric: Metric)
     return best_of(torch.cat([part.scores for part in found], 1), ids, k, metric)
 
 
-def picked(
-    placement: Placement, ids: Int[Tensor, "Q K"], found: Sequence[Tensor], rows: Sequence[Tensor]
-) -> Float[Tensor, "Q K W"]:
-    """Of the rows that each shard sent for those it found, those of `ids`; zeros for -1."""
-    owner, local = placement.owner(ids), placement.local(ids)
-    result = rows[0].new_zeros(*ids.shape, rows[0].shape[2])
-    flat = result.view(-1, result.shape[2])
-    for shard, (own, sent) in enumerate(zip(found, rows, strict=True)):
-        places = (owner.flatten() == shard).nonzero().squeeze(1)
-        query = places.div(ids.shape[1], rounding_mode="floor")
-        same = own[query] == local.flatten()[places].unsqueeze(1)
-        source = query * own.shape[1] + same.to(torch.uint8).argmax(1)
-        flat.index_copy_(0, places, sent.flatten(0, 1).index_select(0, source))
-    return result
-
-
 def assembled(parts: Sequence[Part], rows: Sequence[Tensor], count: int) -> Tensor:
     """Rows [m, ...] of each shard at their places in a list of `count`; zeros elsewhere."""
     like = rows[0]

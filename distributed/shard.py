@@ -27,12 +27,10 @@ Standing = tuple[int, int, bool]  # clock, `changes`, and whether some live rows
 
 
 class ShardFound(NamedTuple):
-    """What one shard found, with the rows themselves: the merger asks nobody again."""
+    """What one shard found. Rows are sent once it is known which: see `ShardBank.fetch`."""
 
     scores: Float[Tensor, "Q K"]
     ids: Int[Tensor, "Q K"]
-    rows: Float[Tensor, "Q K W"]
-    values: Float[Tensor, "Q K V"] | None  # None: the rows are the values
     standing: Standing
 
 
@@ -71,25 +69,26 @@ class ShardBank(MemoryBank):
         partly = self.book.num_frozen > 0 or self.book.selection is not None
         return self.book.now, self.changes, partly
 
-    def find(
-        self, queries: Float[Tensor, "Q W"], top_k: int, time: int, narrow: bool = False
-    ) -> ShardFound:
-        """The best live rows of each query, and what they hold. Not an access: see `mark`.
-
-        Rows come in the tables' dtype. narrow: in float16, where that is less.
-        """
+    def find(self, queries: Float[Tensor, "Q W"], top_k: int, time: int) -> ShardFound:
+        """The best live rows of each query. Not an access: see `fetch`."""
         self._reach(time)
         self.refresh()
         self._expire_before(self.book.now)
-        dtype = torch.float16 if narrow and self.keys.itemsize > 2 else self.keys.dtype
         with torch.no_grad(), self.table.lock.read():
             found = self.index.search(queries.to(self.computing_dtype), min(top_k, self.num_rows))
-            rows, values = (
-                None if table is None else taken(table.data, found.ids, dtype)
-                for table in (self.keys, self.values)
-            )
-            assert rows is not None
-            return ShardFound(*found, rows, values, self.standing)
+            return ShardFound(*found, self.standing)
+
+    def fetch(
+        self, ids: Int[Tensor, " n"], time: int, batch: str, narrow: bool
+    ) -> list[Float[Tensor, "n W"]]:
+        """What rows hold, table by table; an access of each, as `mark` counts it.
+
+        They come in the tables' dtype. narrow: in float16, where that is less.
+        """
+        self.mark(ids, time, batch)
+        dtype = torch.float16 if narrow and self.keys.itemsize > 2 else self.keys.dtype
+        with self.table.lock.read():
+            return [taken(table.data, ids, dtype) for table in self.tables]
 
     def mark(self, ids: Int[Tensor, " n"], time: int, batch: str = "") -> None:
         """Count an access of each row, repeats as often, by the call at `time`.

@@ -12,9 +12,9 @@ from sparsemem.distributed.wire import Packed
 
 ID_BYTES = 8
 SCORE_BYTES = 4
-# What describes a call or an answer beside its arrays, measured: find, its answer, mark, and what a
-# a step takes a table. They depend on the lengths of numbers and of options, a little.
-FRAMES = {"find": 102, "found": 200, "mark": 95, "step": 300}
+# What describes a call or an answer beside its arrays, as measured; of "step" and "fetched", a table.
+# It depends on the lengths of numbers and of an optimiser's options, a little.
+FRAMES = {"find": 100, "fetch": 105, "step": 300, "found": 115, "fetched": 60}
 
 
 class Traffic:
@@ -64,8 +64,8 @@ def wire_bytes(
 ) -> StepBytes:
     """Bytes of one training step: a read, and the row optimiser's step of what was read.
 
-    Every shard gets all Q queries and answers with its own K best rows of each; then each row
-    found is marked, and stepped, at its owner only.
+    Every shard gets all Q queries and answers with scores and ids of its own K best rows of each;
+    then the rows that are the best of all are fetched from their owners, and stepped there.
 
     Args:
         num_shards: S.
@@ -82,8 +82,9 @@ def wire_bytes(
     read = queries * top_k
     rows = read if distinct is None else distinct
     find = num_shards * (FRAMES["find"] + queries * width * 4)
-    mark = num_shards * FRAMES["mark"] + read * ID_BYTES
+    fetch = num_shards * FRAMES["fetch"] + read * ID_BYTES
     step = num_shards * FRAMES["step"] * tables
     step += rows * (numbers * gradient_bytes + tables * ID_BYTES)
-    found = FRAMES["found"] + read * (ID_BYTES + SCORE_BYTES + numbers * row_bytes)
-    return StepBytes(find + mark + step, num_shards * found)
+    found = num_shards * (FRAMES["found"] + read * (ID_BYTES + SCORE_BYTES))
+    fetched = num_shards * FRAMES["fetched"] * tables + read * numbers * row_bytes
+    return StepBytes(find + fetch + step, found + fetched)

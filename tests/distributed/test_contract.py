@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from threading import Thread
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from sparsemem import MemoryBank
 from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.traffic import Traffic, wire_bytes
 from sparsemem.layers import LifelongMemory, MemoryLayer
 from sparsemem.memory.episode import Episode
 from sparsemem.optim import RowAdam, RowSGD
@@ -237,17 +239,18 @@ def test_no_question_is_asked_twice_where_nothing_changed():
         optimiser.step()
         return asked
 
-    assert step() == ["find", "step"]
+    assert step() == ["find", "fetch", "step"]
     assert step(lambda: bank.write(torch.tensor([3]), rows_of(1, WIDTH))) == [
         "find",
+        "fetch",
         "write_at",
         "trainable_of",
         "step",
     ]
     bank.freeze(torch.tensor([4]))
-    assert step() == ["find", "trainable_of", "step"]
+    assert step() == ["find", "fetch", "trainable_of", "step"]
     bank.unfreeze()
-    assert step() == ["find", "step"]
+    assert step() == ["find", "fetch", "step"]
 
 
 def test_a_selection_and_its_counts_survive_a_save():
@@ -309,8 +312,6 @@ def test_two_workers_train_as_one_process_with_both_batches():
 
 
 def test_who_has_stepped_reads_on_once_all_have():
-    from threading import Thread
-
     bank = sharded(2, 10, WIDTH)
     bank.append(rows_of(10, WIDTH))
     workers = [bank.as_worker(worker, of=2) for worker in range(2)]
@@ -327,3 +328,22 @@ def test_who_has_stepped_reads_on_once_all_have():
     thread.join(20)
     expected = rows_of(10, WIDTH) - 1  # the mean of both gradients, which are 1
     assert torch.equal(hits[0].rows[0], expected[hits[0].ids[0]])
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "value_width", "narrow"), [(1, None, 0), (4, 32, 0), (4, 8, 1)]
+)
+def test_bytes_on_the_wire_are_what_the_formula_says(num_shards, value_width, narrow):
+    wire_dtype = torch.float16 if narrow else None
+    bank = sharded(num_shards, 400, 16, value_width, wire_dtype=wire_dtype)
+    bank.append(rows_of(400, 16), None if value_width is None else rows_of(400, value_width))
+    optimiser = RowAdam(bank.tables, lr=0.1)
+    bank.shards.traffic = traffic = Traffic()
+    hit = bank.read(rows_of(64, 16), 8)
+    (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum().backward()
+    optimiser.step()
+    number = {"row_bytes": 2, "gradient_bytes": 2} if narrow else {}
+    distinct = len(torch.unique(hit.ids))
+    predicted = wire_bytes(num_shards, 64, 8, 16, value_width, distinct=distinct, **number)
+    assert traffic.sent == pytest.approx(predicted.sent, rel=0.1)
+    assert traffic.received == pytest.approx(predicted.received, rel=0.1)
