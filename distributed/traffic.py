@@ -12,7 +12,7 @@ from sparsemem.distributed.wire import Packed
 
 ID_BYTES = 8
 SCORE_BYTES = 4
-# What describes a call or an answer beside its arrays, as measured; of "step" and "fetched", a table.
+# What describes a call or an answer beside its arrays, measured; of "step" and "fetched" a table.
 # It depends on the lengths of numbers and of an optimiser's options, a little.
 FRAMES = {"find": 100, "fetch": 105, "step": 300, "found": 115, "fetched": 60}
 
