@@ -73,9 +73,8 @@ def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
     assert fake.calls == ["device", *rehearsed, *recorded]
     expected, _ = model(input)
     output, touched = graphs.forward(other)
-    assert_close(
-        output, expected.detach(), rtol=1e-5, atol=1e-5
-    )  # what was recorded: nothing is run by this replay
+    # What was recorded: nothing is run by this replay.
+    assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
     assert not output.requires_grad
     assert len(touched) == 2
     assert torch.equal(graphs._input, other)
