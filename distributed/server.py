@@ -44,6 +44,7 @@ LOOKS = (
     "stats_at",
     "expire_at",
     "mark",
+    "fetch",
     "tags_at",
     "total_accesses",
     "candidates",
@@ -80,8 +81,8 @@ class ShardServer:
     def call(self, call: Call) -> Any:
         """Do what a client asks for, or repeat what it was told."""
         check_known("operation", call.operation, CHANGES + LOOKS)
-        if call.operation == "mark":
-            self._marks.append(call.arguments)
+        if call.operation in ("mark", "fetch"):
+            self._marks.append(call.arguments[:3])
         if call.operation == "is_stepped":
             return call.arguments[0] not in self._pushed
         if call.operation in LOOKS:
