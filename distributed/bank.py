@@ -91,6 +91,7 @@ class ShardedBank(Client):
         Args:
             path: where it is to be; nothing is there yet, or an empty folder.
             num_shards: S, at most num_rows.
+            index: of each shard, over its rows; with as many lists as one bank would have.
             sync: wait for the disk at each change, so that it outlives a machine without power.
             options: others of `MemoryBank`, such as min_recall.
         """
@@ -138,13 +139,8 @@ class ShardedBank(Client):
         With tables (so gradients and an optimiser) of its own: for a thread. A process makes its
         own `ShardedBank(path, shards, worker=..., num_workers=...)`.
         """
-        return ShardedBank(
-            self.path,
-            self.shards.another(),
-            worker=worker,
-            num_workers=of,
-            wire_dtype=self.wire_dtype,
-        )
+        shards, dtype = self.shards.another(), self.wire_dtype
+        return ShardedBank(self.path, shards, worker=worker, num_workers=of, wire_dtype=dtype)
 
     def _put_in_force(self, **changed: int) -> None:
         self._manifest = self._manifest.model_copy(update=changed)
@@ -377,13 +373,6 @@ class ShardedBank(Client):
     def close(self) -> None:
         """Let go of the shards."""
         self.shards.close()
-
-    def extra_repr(self) -> str:
-        """What a module prints of itself."""
-        given = self._manifest.arguments
-        widths = str(self.width) if self.values is None else f"{self.width}, {self.value_width}"
-        kind = f"index={given['index']!r}, metric={given['metric']!r}"
-        return f"{self.num_rows}, {widths}, {kind}, num_shards={self.placement.num_shards}"
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
         self._known.changed()

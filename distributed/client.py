@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsemem.bank.gradients import without_rows
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.asking import Arguments
+from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.fetched import Known, Moment
 from sparsemem.distributed.home import read_manifest
 from sparsemem.distributed.merging import Fetched, assembled, merged
@@ -60,10 +61,26 @@ class Client(Rowless):
         self._pushed = False  # a step that may wait for other workers
         self.clock: int = max(clock for _, clock in self._ask("standing", ()))
 
+    def extra_repr(self) -> str:
+        """What a module prints of itself."""
+        given = self._manifest.arguments
+        widths = str(self.width) if self.values is None else f"{self.width}, {self.value_width}"
+        kind = f"index={given['index']!r}, metric={given['metric']!r}"
+        return f"{self.num_rows}, {widths}, {kind}, num_shards={self.placement.num_shards}"
+
     def _settle(self) -> None:
-        """Wait until the workers have all pushed the step that this one has."""
+        """Wait until the workers have all pushed the step that this one has.
+
+        ShardError where one of them does not for as long as a shard may take to answer.
+        """
+        deadline = monotonic() + self.shards.timeout
         while self._pushed:
             self._pushed = not all(self.shards.ask("is_stepped", self._each((self.worker,))))
+            if self._pushed and monotonic() > deadline:
+                raise ShardError(
+                    f"worker {self.worker} has stepped, and the others of {self.num_workers} have"
+                    f" not within {self.shards.timeout:g} seconds"
+                )
             if self._pushed:
                 sleep(SETTLE_SECONDS)
 

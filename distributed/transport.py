@@ -19,6 +19,7 @@ class Transport(Protocol):
     """S shards that can be asked."""
 
     traffic: Traffic
+    timeout: float  # seconds that a shard, or another worker, may take
 
     @property
     def num_shards(self) -> int:
@@ -42,6 +43,8 @@ class Transport(Protocol):
 
 class LocalShards(Asking):
     """Shards in this process: for tests, and to look at what a sharded bank holds without Ray."""
+
+    timeout = 60.0
 
     def __init__(self, path: Path) -> None:
         self.homes: list[ShardHome] = []

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsemem import MemoryBank
 from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.traffic import Traffic, wire_bytes
 from sparsemem.layers import LifelongMemory, MemoryLayer
 from sparsemem.memory.episode import Episode
@@ -309,6 +310,19 @@ def test_two_workers_train_as_one_process_with_both_batches():
     for ours, theirs in zip(two_rows, one_rows, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert one[-50:].mean() < one[:50].mean()
+
+
+def test_a_worker_that_never_steps_is_waited_for_so_long():
+    bank = sharded(2, 10, WIDTH)
+    bank.append(rows_of(10, WIDTH))
+    worker = bank.as_worker(1, of=2)
+    worker.shards.timeout = 0.05
+    worker.read(rows_of(1, WIDTH), 10).rows.sum().backward()
+    RowSGD([worker.keys], lr=1.0).step()
+    with pytest.raises(
+        ShardError, match=r"worker 1 has stepped, and the others of 2 have not with"
+    ):
+        worker.read(rows_of(1, WIDTH), 10)
 
 
 def test_who_has_stepped_reads_on_once_all_have():
