@@ -223,6 +223,8 @@ class ShardHome:
 
     def call(self, call: Call) -> Any:
         """What the shard does with a call; `OPERATIONS` are of the home."""
+        if self._lock < 0:
+            raise BankError(f"shard {self.shard} is closed")
         if not self._is_open:
             self._open()
         if call.operation in OPERATIONS:

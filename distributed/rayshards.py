@@ -20,6 +20,7 @@ from sparsemem.distributed.traffic import Traffic
 from sparsemem.distributed.wire import Packed, received, sent
 
 RETRY_SECONDS = 0.2
+CLOSE_SECONDS = 5.0  # for shards to write down what they have not
 PATIENCE = 30.0
 DEFAULTS = {"max_restarts": -1, "num_cpus": 1, "scheduling_strategy": "SPREAD"}  # of actors
 
@@ -79,8 +80,14 @@ class RayShards(Asking):
 
     def close(self) -> None:
         """End the actors; their folders stay."""
-        for actor in self._actors if self._is_owner else ():
-            ray.kill(actor)
+        if self._is_owner:
+            closing = [
+                self._begin(shard, sent(tuple(Call("close", ()))))
+                for shard in range(self.num_shards)
+            ]
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS, fetch_local=False)
+            for actor in self._actors:
+                ray.kill(actor)
 
     def _exchange(self, calls: Calls, outcomes: Outcomes) -> None:
         deadline = time.monotonic() + self.timeout
