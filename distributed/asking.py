@@ -51,6 +51,7 @@ class Asking(ABC):
         if operation == "restore":
             self._begin_anew()  # shards forget what they were asked since
         calls = self._calls(operation, arguments)
+        pack(calls)  # what cannot be sent is refused here
         if operation in CHANGES and self._open is not None and same(self._open.calls, calls):
             return self._finish(self._open)
         self.settle()
