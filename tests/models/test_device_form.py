@@ -193,7 +193,8 @@ def test_forks_on_a_gpu_give_the_gradients_of_the_cpu(device):
         _, state = model(input[:, :4])
         fork = state.clone()
         (model(input[:, 4:8], state)[0].sum() + model(input[:, 8:], fork)[0].sum()).backward()
-        return [parameter.grad.cpu() for parameter in model.parameters()]
+        # Copies: the model's own gradients move with it.
+        return [parameter.grad.cpu().clone() for parameter in model.parameters()]
 
     truth = forked(input)
     model.to(device)
