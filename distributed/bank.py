@@ -47,10 +47,10 @@ class ShardedBank(Client):
     Row id lives on shard id % S. `keys` and `values` are parameters of the tables' shapes that
     hold no rows: their gradients are sparse, and `sparsemem.optim` sends them to the shards.
 
-    Any number of processes may have one over the same shards, each with a transport of its own.
-    Those that train together are workers: an optimiser's step happens once all have pushed
-    theirs, with the mean of their gradients, as torch's DistributedDataParallel has it for dense
-    ones; who has stepped reads on once it has happened.
+    Any number of processes may have one over the same shards, each with a transport of its own; it
+    is for one thread at a time (another takes `as_worker(0, of=1)`). Those that train together are
+    workers: an optimiser's step happens once all have pushed theirs, with the mean of their
+    gradients, as DistributedDataParallel has it; who has stepped reads on once it has happened.
 
     Args:
         path: the folder of the sharded bank: see `create`.
