@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from tests.oracles.shard_kills import (
 )
 from tests.oracles.shard_states import same_state, state_of
 
-pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+pytestmark = [pytest.mark.ray, pytest.mark.slow, NEEDS_RAY]
 
 STEPS = 500
 SOAK_SECONDS = float(os.environ.get("SPARSEMEM_SOAK_SECONDS", "60"))

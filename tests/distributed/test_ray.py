@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from sparsemem.distributed.transport import LocalShards
 from sparsemem.optim import RowAdam
 from tests.oracles.shard_states import same_state, state_of
 
-pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.ray
+# Looked for and not imported: this is read in every run of the tests.
+NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+pytestmark = [pytest.mark.ray, NEEDS_RAY]
 
 ROWS, WIDTH, SHARDS = 20, 4, 2
 
