@@ -18,6 +18,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +65,9 @@ def held(path: Path) -> dict[str, torch.Tensor]:
     while True:
         try:
             bank = ShardedBank(path, LocalShards(path))
-        except BankError:
+        except BankError as error:
+            if "is in use" not in str(error):
+                raise
             time.sleep(0.1)
         else:
             state = comparable(state_of(bank))
@@ -99,7 +103,8 @@ def recoveries(cluster: Any, folder: Path, rows: int) -> dict[str, Any]:
     """Seconds until a read is answered again, after a kill at `rows` rows and 20 steps' log."""
     bank = start(new_folder(folder, rows, 64))
     train(bank, 20)
-    queries, found = torch.randn(8, 64), {}
+    queries = torch.randn(8, 64)
+    found: dict[str, Any] = {}
     for name in ("shard", "shard", "node"):
         if name == "shard":
             os.kill(processes(bank)[1], signal.SIGKILL)
@@ -123,7 +128,7 @@ def killed_reshards(folder: Path, kills: int) -> dict[str, Any]:
         new = folder.with_name(f"new-{number}")
         process = multiprocessing.Process(target=reshard, args=(folder, new, 4))
         process.start()
-        process.join(0.02 * number)
+        process.join(0.12 * (number + 1) / kills)
         process.kill()
         process.join()
         if new.exists():
@@ -137,6 +142,21 @@ def killed_reshards(folder: Path, kills: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def nodes() -> Iterator[SimpleNamespace]:
+    """Ray on this machine: a head, and two nodes for shards."""
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
+    ours = Cluster(initialize_head=True, head_node_args=head)
+    cluster = SimpleNamespace(cluster=ours, nodes=[])
+    restock(cluster)
+    ray.init(address=ours.address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        ours.shutdown()
+
+
 def main() -> None:
     """Run both parts."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,26 +165,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
-    ours = Cluster(initialize_head=True, head_node_args=head)
-    cluster = SimpleNamespace(cluster=ours, nodes=[])
-    restock(cluster)
-    ray.init(address=ours.address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result: dict[str, Any] = {"machine": machine(), "steps": STEPS}
-        result["recovery"] = recoveries(cluster, folder / "large", given.rows)
-        print(json.dumps(result["recovery"]), flush=True)
         expected = undisturbed(new_folder(folder / "undisturbed"), STEPS)
-        result["runs"] = []
-        for seed in range(1, given.kills // KILLS_A_RUN + 1):
-            result["runs"].append(disturbed_run(cluster, folder / f"run-{seed}", seed, expected))
-            print(json.dumps(result["runs"][-1]), flush=True)
+        # Before Ray starts: its threads do not go well with a fork.
         result["reshard"] = killed_reshards(folder / "undisturbed", given.kills)
         print(json.dumps(result["reshard"]), flush=True)
+        with nodes() as cluster:
+            result["recovery"] = recoveries(cluster, folder / "large", given.rows)
+            print(json.dumps(result["recovery"]), flush=True)
+            result["runs"] = []
+            for seed in range(1, given.kills // KILLS_A_RUN + 1):
+                run = disturbed_run(cluster, folder / f"run-{seed}", seed, expected)
+                result["runs"].append(run)
+                print(json.dumps(run), flush=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
-    ray.shutdown()
-    ours.shutdown()
 
 
 if __name__ == "__main__":
