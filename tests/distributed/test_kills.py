@@ -13,6 +13,7 @@ import torch
 from sparsemem.bank.errors import BankError
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.transport import LocalShards
+from sparsemem.optim import RowSGD
 from tests.oracles.shard_kills import (
     SHARDS,
     Killer,
@@ -30,7 +31,7 @@ from tests.oracles.shard_states import same_state, state_of
 NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, NEEDS_RAY]
 
-STEPS = 500
+STEPS, LEARNING_RATE = 500, 1e-3
 SOAK_SECONDS = float(os.environ.get("SPARSEMEM_SOAK_SECONDS", "60"))
 
 
@@ -70,15 +71,22 @@ def test_losses_and_rows_are_those_of_the_undisturbed_run(cluster, tmp_path, see
 
 
 class Load:
-    """Reads, writes, steps and saves, drawn at random, and what the rows written should be."""
+    """Reads, writes, steps and saves, drawn at random, and what the rows should be.
+
+    Rows of even ids are written and removed, those of odd ids stepped.
+    """
 
     def __init__(self, bank):
         self.bank, self.draw = bank, random.Random(3)
+        self.optimiser = RowSGD([bank.keys], lr=LEARNING_RATE)
+        self.even, self.odd = (range(first, bank.num_rows, 2) for first in (0, 1))
         self.written = {}
+        self.stepped = bank.gather(torch.tensor(self.odd)).detach().clone()
         self.done = 0
 
     def turn(self):
-        kind = self.draw.choices(["read", "write", "remove", "save", "stats"], [60, 30, 5, 1, 4])[0]
+        kinds = ["read", "write", "step", "remove", "save", "stats"]
+        kind = self.draw.choices(kinds, [45, 20, 25, 5, 1, 4])[0]
         getattr(self, kind)()
         self.done += 1
 
@@ -86,13 +94,23 @@ class Load:
         self.bank.read(torch.randn(4, self.bank.width), 5)
 
     def write(self):
-        ids = self.draw.sample(range(self.bank.num_rows), 8)
+        ids = self.draw.sample(self.even, 8)
         value = float(self.done)
         self.bank.write(torch.tensor(ids), torch.full((8, self.bank.width), value))
         self.written.update(dict.fromkeys(ids, value))
 
+    def step(self):
+        places = self.draw.sample(range(len(self.odd)), 8)
+        rows = self.bank.gather(torch.tensor([self.odd[place] for place in places]))
+        self.optimiser.zero_grad()
+        rows.square().sum().backward()
+        self.optimiser.step()
+        self.stepped[places] = self.stepped[places].add(
+            2 * self.stepped[places], alpha=-LEARNING_RATE
+        )
+
     def remove(self):
-        gone = self.draw.sample(range(self.bank.num_rows), 4)
+        gone = self.draw.sample(self.even, 4)
         self.bank.remove(torch.tensor(gone))
         for id in gone:
             self.written.pop(id, None)
@@ -107,6 +125,7 @@ class Load:
         ids = sorted(self.written)
         rows = self.bank.gather(torch.tensor(ids))[:, 0].tolist()
         assert rows == [self.written[id] for id in ids]
+        assert torch.equal(self.bank.gather(torch.tensor(self.odd)), self.stepped)
 
 
 def resident(pid):
