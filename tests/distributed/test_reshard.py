@@ -193,6 +193,34 @@ def book_clock(path):
     return bank.clock
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"initial": "normal", "seed": 3},
+        {"index": "IVF4,Flat", "exact_below": 64, "min_recall": None, "metric": "l2"},
+        {"dtype": torch.bfloat16},
+    ],
+)
+def test_banks_of_other_kinds(tmp_path, options):
+    ShardedBank.create(tmp_path / "bank", 200, WIDTH, num_shards=4, **options)
+    bank = opened(tmp_path / "bank")
+    bank.write(torch.arange(0, 120, 3), torch.randn(40, WIDTH).to(bank.keys.dtype))
+    book = book_of(bank)
+    arguments = dict(bank._manifest.arguments)
+    bank.close()
+    for number, shards in enumerate((3, None, 2)):
+        reshard(tmp_path / "bank", tmp_path / f"new-{number}", shards)
+    for number in (0, 2):
+        new = opened(tmp_path / f"new-{number}")
+        same_book(book_of(new), book)
+        assert new._manifest.arguments == arguments
+        new.save()
+        new.restore()
+        same_book(book_of(new), book)
+    one = MemoryBank.load(tmp_path / "new-1")
+    same_book(book_of(one), book, without=("written",))
+
+
 def test_a_bank_that_somebody_has_open_is_refused(tmp_path):
     bank = new_bank(tmp_path / "bank", 2)
     with pytest.raises(BankError, match="shard-00000 is in use"):
