@@ -256,10 +256,10 @@ def draw(model: Model, is_quiet: bool, path: Path) -> None:
     axes.grid(alpha=0.3)
     state = "" if is_quiet else " busy"
     caption = (
-        f"Modelled, not measured: {QUERIES} queries, top {TOP_K}, {WIDTH} numbers a row. Work is\n"
-        f"that of all processes together with 1, 2 and 4 shards of $10^6$ rows on one{state} machine.\n"
-        "Assumed: a search grows with the square root of a shard's rows, 10 Gbit/s into the caller,\n"
-        "0.1 ms a round trip, one caller, all shards under way at once, memory for the rows."
+        f"Modelled, not measured: {QUERIES} queries, top {TOP_K}, {WIDTH} numbers a row. Work:\n"
+        f"that of all processes with 1, 2 and 4 shards of $10^6$ rows on one{state} machine.\n"
+        "Assumed: a search grows with the square root of a shard's rows, 10 Gbit/s into the\n"
+        "caller, 0.1 ms a round trip, one caller, all shards under way at once."
     )
     figure.text(0.02, 0.01, caption, fontsize=7.5, va="bottom")
     figure.tight_layout(rect=(0, 0.12, 1, 1))

@@ -267,11 +267,17 @@ def test_a_selection_and_its_counts_survive_a_save():
     assert whole(bank)[0].live.sum() == WIDTH
 
 
-def two_workers_or_one(num_workers, steps, dtype):
-    """Losses and rows of a training by workers, each with half of a batch, in turns."""
-    bank = sharded(4, 40, WIDTH, 3, dtype=dtype)
+def trained(num_workers, steps, dtype):
+    """Losses and rows of a training by workers, each with its part of a batch, in turns.
+
+    One of them has a bank, several have shards.
+    """
+    make = MemoryBank if num_workers == 1 else partial(sharded, 4)
+    bank = make(40, WIDTH, 3, dtype=dtype)
     bank.append(rows_of(37, WIDTH, dtype=dtype), rows_of(37, 3, seed=2, dtype=dtype))
-    clients = [bank.as_worker(worker, of=num_workers) for worker in range(num_workers)]
+    clients = [bank]
+    if num_workers > 1:
+        clients = [bank.as_worker(worker, of=num_workers) for worker in range(num_workers)]
     layers, optimisers = [], []
     for client in clients:
         torch.manual_seed(0)
@@ -303,9 +309,7 @@ def two_workers_or_one(num_workers, steps, dtype):
 @pytest.mark.usefixtures("plain_errors")  # in a quarter of the time
 def test_two_workers_train_as_one_process_with_both_batches():
     """To 1e-6, not bit for bit: a row's gradients, and the network's, are added up in two parts."""
-    (one, one_rows), (two, two_rows) = (
-        two_workers_or_one(workers, 300, torch.float64) for workers in (1, 2)
-    )
+    (one, one_rows), (two, two_rows) = (trained(workers, 300, torch.float64) for workers in (1, 2))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
     for ours, theirs in zip(two_rows, one_rows, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
