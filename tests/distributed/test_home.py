@@ -456,8 +456,9 @@ def test_a_shard_that_could_not_go_back_does_so_at_the_next_call(tmp_path, monke
 @pytest.mark.parametrize("sync", [False, True])
 def test_with_sync_the_disk_is_waited_for_at_each_change(tmp_path, monkeypatch, sync):
     bank = filled(new_bank(tmp_path / "bank", sync=sync))
+    synced, real = [], os.fsync
     for _ in range(2):  # also in the log that a save begins
-        synced, real = [], os.fsync
+        synced.clear()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", lambda file: synced.append(file) or real(file))
             bank.write(torch.arange(4), torch.ones(4, WIDTH))
