@@ -316,14 +316,12 @@ class ShardedBank(Client):
 
     def capacity(self) -> int:
         """Rows that could give way to new ones: all that are not frozen."""
-        each: list[int] = self._ask("capacity", ())
-        return sum(each)
+        return int(sum(self._ask("capacity", ())))
 
     def tags_of(self, ids: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
         """Tags of rows; 0 where there is none, or where the id is -1."""
         parts = self.placement.split(ids.flatten())
-        tags = self._ask_parts("tags_at", parts)
-        return assembled(parts, tags, ids.numel()).view(ids.shape)
+        return assembled(parts, self._ask_parts("tags_at", parts), ids.numel()).view(ids.shape)
 
     def step_rows(self, steps: Sequence[RowStep]) -> None:
         """Send an optimiser's step to the rows' owners: one call a shard."""
