@@ -179,9 +179,10 @@ def main() -> int:
 
 
 def is_good(part: dict[str, Any]) -> bool:
-    """Whether a part ran to its end without an error."""
+    """Whether a part ran to its end without an error or a test that failed."""
     figures = part["figures"].values()
-    return part["status"] == "done" and not any("error" in figure for figure in figures)
+    bad = any("error" in figure or figure.get("failed") for figure in figures)
+    return part["status"] == "done" and not bad
 
 
 if __name__ == "__main__":

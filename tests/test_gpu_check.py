@@ -115,6 +115,15 @@ def test_a_part_is_stopped_at_its_time(run_part, monkeypatch):
     assert not gpu_check.is_good(found)
 
 
+def test_a_test_that_failed_is_not_good(benchmarks):
+    import gpu_check
+
+    part = {"status": "done", "figures": {"pytest": {"passed": 3, "failed": 1, "skipped": 0}}}
+    assert not gpu_check.is_good(part)
+    part["figures"]["pytest"]["failed"] = 0
+    assert gpu_check.is_good(part)
+
+
 TESTS = """
 import pytest
 @pytest.mark.gpu

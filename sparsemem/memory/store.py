@@ -15,7 +15,9 @@ from sparsemem.memory.tape import Tape, flatten_ids
 from sparsemem.memory.usage import AccessOrder
 
 FIRST_CAPACITY = 64
-FULL = 0.75  # a table that is fuller grows, once the host has waited to know how full it is
+# A table grows, once the host has waited to know how full it is, where it is fuller than this, or
+# has no room for so many calls as this one: it is not to wait again soon.
+FULL, STEPS_AHEAD = 0.75, 16
 
 
 class EpisodeStore:
@@ -80,9 +82,11 @@ class EpisodeStore:
             return
         if self.is_bounded and not devices.is_capturing(self.rows):
             bound = self.extent
+            ahead = STEPS_AHEAD * (slots - bound)
             slots -= bound - self.exact_extent()
-            if slots <= FULL * self.rows.shape[1]:
+            if max(slots + ahead, slots / FULL) <= self.rows.shape[1]:
                 return
+            slots += ahead
         self._grow(min(slots, self.num_slots))
 
     def _grow(self, slots: int) -> None:

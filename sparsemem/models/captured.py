@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -156,6 +156,7 @@ class Replay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Output, and slots touched."""
         ctx.owner, ctx.graphs, ctx.replay = owner, graphs, owner.replays
+        ctx.parameters, ctx.versions = parameters, versions_of(parameters)
         output, touched = (part.clone() for part in graphs.forward(input))
         ctx.mark_non_differentiable(touched)
         return output, touched
@@ -165,6 +166,11 @@ class Replay(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
         """Gradients of the input and of the parameters, where they are wanted."""
         ctx.owner.begin_backward(ctx.replay)
+        if versions_of(ctx.parameters) != ctx.versions:
+            raise RuntimeError(
+                "parameters were changed in place between a captured sequence and its backward"
+                " pass, which reads them where they are: call backward before the optimiser's step"
+            )
         found = iter(ctx.graphs.backward(gradient))
         wanted = (next(found) if needed else None for needed in ctx.needs_input_grad[2:])
         return None, None, *(None if part is None else part.clone() for part in wanted)
@@ -314,6 +320,11 @@ def first_of(error: BaseException) -> BaseException:
 def leaf_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A leaf of autograd's graphs of the same memory, that requires a gradient as `like` does."""
     return tensor.detach().requires_grad_(like.requires_grad)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """How often each was changed in place."""
+    return tuple(tensor._version for tensor in tensors)
 
 
 def graph_pool() -> Any:

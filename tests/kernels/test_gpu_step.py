@@ -253,3 +253,11 @@ def test_other_dtypes_take_the_torch_code(triton_device, switch, taken):
     model = SAM(3, 6, 2, num_slots=20, slot_dim=4, num_heads=1, top_k=3).to(triton_device)
     model.bfloat16()(torch.randn(2, 3, 3, device=triton_device).bfloat16())
     assert taken == [False] * 3
+
+
+def test_more_than_a_program_takes_is_left_to_torch(triton_device, taken):
+    memory = {"num_slots": 400, "slot_dim": 2, "num_heads": 1, "top_k": 200}
+    model = SAM(3, 4, 2, **memory).to(triton_device)
+    output, _ = model(torch.randn(1, 3, 3, device=triton_device))
+    assert taken == [False] * 3
+    assert output.isfinite().all()

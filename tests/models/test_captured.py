@@ -301,6 +301,17 @@ def test_arguments(plain_errors):
         Captured(MODELS["lstm"](), max_graphs=0)
 
 
+def test_parameters_changed_before_the_backward_pass_are_refused(graphs, model):
+    fast = sparsemem.captured(model)
+    for input in inputs(2):
+        output, _ = fast(input)
+    assert fast.num_graphs == 1
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="changed in place between a captured sequence and"):
+        output.sum().backward()
+
+
 # On a GPU --------------------------------------------------------------------------------
 
 

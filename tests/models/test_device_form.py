@@ -7,7 +7,9 @@ import torch
 
 from sparsemem import devices
 from sparsemem.bank import MemoryBank
+from sparsemem.memory.store import EpisodeStore
 from sparsemem.models.registry import find_model, make_model
+from sparsemem.models.sdnc import SDNC
 from tests.oracles.synchronisations import Synchronisations
 
 F64 = torch.float64
@@ -111,6 +113,17 @@ def test_the_device_form_computes_what_the_cpu_does(name, num_slots, monkeypatch
     truth = trained(model, input)
     monkeypatch.setattr(devices, "is_device", lambda tensor: True)
     assert_same(trained(model, input), truth, 1e-12)
+
+
+@pytest.mark.usefixtures("device_form")
+def test_wide_reads_of_few_slots_are_not_waited_for_at_every_step(monkeypatch):
+    """A step's bound grows by H + K, what is touched by less: the slack is of several steps."""
+    waits = []
+    exact = EpisodeStore.exact_extent
+    monkeypatch.setattr(EpisodeStore, "exact_extent", lambda self: waits.append(1) or exact(self))
+    model = SDNC(4, 8, 4, num_slots=100_000, slot_dim=4, num_heads=1, top_k=16)
+    model(torch.randn(1, 40, 4))
+    assert len(waits) <= 5
 
 
 @pytest.mark.usefixtures("device_form")

@@ -31,7 +31,7 @@ HIDDEN_BLOCK = 128  # units of the LSTM that a program works on
 
 def can_unroll(store: EpisodeStore, last: Entries, top_k: int) -> bool:
     """Whether the next steps can be taken by `device_sequence`."""
-    return last.ids.shape[2] in (0, top_k) and can_step(store, last.weights, last)
+    return last.ids.shape[2] in (0, top_k) and can_step(store, last.weights, last, top_k)
 
 
 def device_sequence(

@@ -25,6 +25,7 @@ TILE = 4096  # numbers that a program works on at once
 MAX_READS = 32  # of an element that one program adds up at once
 SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
+MOST_ENTRIES, MOST_WIDTH = 128, 1024  # K and H, and W, that a program takes: more is for torch
 PART_ROWS = 256  # that a program searches, at least, if a search is divided
 PROGRAMS = 1024  # that fill a device
 ROUNDING = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
@@ -114,7 +115,7 @@ def device_step(
     store: EpisodeStore, values: Tensor, last: Entries, top_k: int, links: TemporalLinks | None
 ) -> Step | None:
     """As `take_step`; where the host must not see what is touched."""
-    if not can_step(store, values, last):
+    if not can_step(store, values, last, top_k):
         return None
     heads, width = last.ids.shape[1], store.rows.shape[2]
     inputs = values.shape[1] // heads
@@ -133,10 +134,12 @@ def device_step(
     return Step(backward, write, entries, weights_of, read.rows, read.reads)
 
 
-def can_step(store: EpisodeStore, values: Tensor, last: Entries) -> bool:
-    """Whether what a step needs is as the kernels expect it."""
+def can_step(store: EpisodeStore, values: Tensor, last: Entries, top_k: int) -> bool:
+    """Whether what a step needs is as the kernels expect it, and not too much for a program."""
     return (
         store.has_prefix
+        and max(top_k, last.ids.shape[1]) <= MOST_ENTRIES
+        and store.rows.shape[2] <= MOST_WIDTH
         and store.is_bounded
         and values.dtype == store.rows.dtype == last.weights.dtype
         and values.dtype in DTYPES
