@@ -127,8 +127,8 @@ class Reach:
 class DeviceDerived(Derivation):
     """An index whose entries are proposals of rows, all of it on the rows' device.
 
-    Labels, validity, buffer and strays are as in `Derived`. A search and a change wait for
-    nothing; absorbing and building do, now and then.
+    Labels, validity, buffer and strays are as in `Derived`. A change waits
+    for nothing unless the log of changes is full; absorbing and building do, now and then.
     """
 
     stride = 16

@@ -54,7 +54,8 @@ def knn_gpu(
 
     Queries are rounded to the dtype of the rows. Distances of `l2` are squared. FAISS has no
     cosine: for that all rows have length 1, as `unit` is there to say, and queries are scaled.
-    The host waits for nothing. Each thread that calls this holds `TEMPORARY_BYTES` on the GPU.
+    The host waits once, to see that the queries are finite. Each thread that calls this holds
+    `TEMPORARY_BYTES` on the GPU.
     """
     check(rows, queries, k, metric, unit)
     if metric is Metric.cosine:
