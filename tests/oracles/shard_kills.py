@@ -36,7 +36,7 @@ def schedule(seed, steps, kills, saves=0):
     width = steps // kills
     planned = [turn * width + draw.randrange(width) for turn in range(kills)]
     for turn in draw.sample(range(kills), saves):
-        planned[turn] = round(planned[turn] / SAVE_EVERY) * SAVE_EVERY
+        planned[turn] = max(1, round(planned[turn] / SAVE_EVERY)) * SAVE_EVERY
     kinds = [NODE if turn % 3 == 2 else SHARD for turn in range(kills)]
     draw.shuffle(kinds)
     return [
