@@ -59,7 +59,7 @@ def _weigh(table, stride, ids, weights, sums, width, K, BLOCK: tl.constexpr):
     for place in range(0, K):
         row = tl.load(ids + query * K + place).to(tl.int64)
         weight = tl.load(weights + query * K + place)
-        there = (columns < width) & (row >= 0)
+        there = columns < tl.where(row >= 0, width, 0)
         total += weight * tl.load(table + row * stride + columns, there, other=0.0).to(tl.float32)
     tl.store(sums + query * width + columns, total, mask=columns < width)
 
@@ -72,7 +72,7 @@ def _weights_gradient(table, stride, ids, gradient, result, width, K, BLOCK: tl.
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        there = (columns < width) & (row >= 0)
+        there = columns < tl.where(row >= 0, width, 0)
         value = tl.load(table + row * stride + columns, mask=there, other=0.0).to(tl.float32)
         total += value * tl.load(gradient + query * width + columns, mask=there, other=0.0)
     tl.store(result + place, tl.sum(total, 0))
