@@ -74,12 +74,14 @@ def shape_of(width: int, product: str, queries: int) -> Shape:
     """The shape for rows [N, width], a product of `Pass`, and a padded number of queries.
 
     What a multiprocessor has (65,536 registers, 227 KiB) takes all its programs. Measured with
-    benchmarks/gpu_scan_tuning.py on an H200; the next best shapes were within 5 %.
+    benchmarks/gpu_scan_tuning.py on an H200; the best shapes were within 10 %.
     """
     columns, few = max(16, power_of_two(width)), queries <= 64
     if product == "float32":
         part = columns if columns <= 64 else 32
         return Shape(64, part, 4, 3, 3 if few else 2, 168 if few and part == columns else None)
+    if product == "rough float32" and not few:
+        return Shape(64, min(columns, 64), 4, 3, 2)
     return Shape(128, min(columns, 64), 4, 3, 3 if few else 2)
 
 
