@@ -62,10 +62,6 @@ class Asking(ABC):
         self._exchange(calls, outcomes)
         return answers(outcomes, self._num_shards)
 
-    def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
-        """As `ask`, without waiting: a shard that is gone just then is not told."""
-        self._send(self._calls(operation, arguments))
-
     def settle(self) -> None:
         """Bring a change to its end that was cut short. Raises what cuts it short again."""
         if self._open is not None:
@@ -79,10 +75,6 @@ class Asking(ABC):
         A ValueError is the outcome of a call; with any other error the call has none, and it is
         raised.
         """
-
-    @abstractmethod
-    def _send(self, calls: Calls) -> None:
-        """Make calls without waiting."""
 
     def _finish(self, change: Change) -> list[Any]:
         self._exchange(change.calls, change.outcomes)

@@ -326,11 +326,10 @@ class ShardedBank(Client):
     def step_rows(self, steps: Sequence[RowStep]) -> None:
         """Send an optimiser's step to the rows' owners: one call a shard."""
         self._settle()
+        gradients = [self._to_send(step) for step in steps]
         num_shards, valid = self.placement.num_shards, self._known.stepped()
         each: list[list[RowStep]] = [[] for _ in range(num_shards)]
-        for step in steps:
-            gradient = step.gradient / self.num_workers if self.num_workers > 1 else step.gradient
-            gradient = gradient.to(self.wire_dtype or gradient.dtype)
+        for step, gradient in zip(steps, gradients, strict=True):
             for shard, part in enumerate(self.placement.split(step.ids)):
                 if len(part.local):
                     mine, since = gradient[part.places], valid[shard]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.bank.gradients import without_rows
-from sparsemem.checks import check_at_most, check_size
+from sparsemem.checks import check_at_most, check_finite, check_size
 from sparsemem.distributed.asking import Arguments
 from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.fetched import Known, Moment
@@ -26,6 +26,7 @@ from sparsemem.distributed.shard import ShardFound, Standing
 from sparsemem.distributed.transport import Transport
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.metrics import Metric
+from sparsemem.optim.remote import RowStep
 
 SETTLE_SECONDS = 0.0005  # between looks at whether a step has happened
 
@@ -132,6 +133,15 @@ class Client(Rowless):
                 table.grad = without_rows(table.grad, ids)
         self._known.changed(clocks)
         self._hear(self._known.clocks)
+
+    def _to_send(self, step: RowStep) -> Tensor:
+        """A step's gradient as it goes over the wire; ValueError where that cannot hold it."""
+        gradient = step.gradient / self.num_workers if self.num_workers > 1 else step.gradient
+        if self.wire_dtype is None:
+            return gradient
+        narrow = gradient.to(self.wire_dtype)
+        check_finite(f"the gradient of {step.table} in {self.wire_dtype}", narrow)
+        return narrow
 
     def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
         """The best rows of all shards, an access of each; and what was known when they were found.

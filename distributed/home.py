@@ -33,13 +33,8 @@ from sparsemem.distributed.shard import ShardBank
 from sparsemem.files import new_folder, replace_file, write_synced
 
 MANIFEST = "manifest.json"
-OPERATIONS = (
-    "checkpoint",
-    "forget",
-    "restore",
-    "standing",
-    "process",
-)  # of a home, beside a server's
+# Of a home, beside a server's.
+OPERATIONS = ("checkpoint", "forget", "restore", "standing", "process", "close")
 PAUSE = 0.1  # seconds between two looks at a lock
 
 

@@ -106,11 +106,6 @@ class RayShards(Asking):
         if failed:
             raise failed[0]
 
-    def _send(self, calls: Calls) -> None:
-        for shard, call in enumerate(calls):
-            if call is not None:
-                self._begin(shard, self.traffic.count_sent(sent(tuple(call))))
-
     def _begin(self, shard: int, call: Packed) -> Any:
         return self._actors[shard].call.remote(call)
 

@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
     sequence: int
     value: Any
-    error: str | None  # a ValueError's message: the call was refused and changed nothing
+    error: str | None  # why the call was refused, as it would be again
 
 
 class ShardServer:
@@ -205,15 +205,23 @@ class ShardServer:
         if call.operation == "marks":
             for mark in call.arguments[0]:
                 self.bank.mark(*mark)
-        else:
-            self._change(call)
+            return
+        known = self._answers.get(call.client)
+        if known is None or call.sequence > known.sequence:
+            self._change(call)  # else memory ran out at its first time, and it was asked again
 
     def _change(self, call: Call) -> Answer:
+        """Do it. What fails in the same way each time is an answer: a log has to be replayed."""
         do = self.step if call.operation == "step" else getattr(self.bank, call.operation)
         try:
             answer = Answer(call.sequence, do(*call.arguments), None)
         except ValueError as error:
             answer = Answer(call.sequence, None, str(error))
+        except Exception as error:  # a call that is not as it should be, from another version, say
+            if ran_out_of_memory(error):
+                raise
+            what = f"{call.operation} failed with {type(error).__name__}: {error}"
+            answer = Answer(call.sequence, None, what)
         self._answers[call.client] = answer
         return answer
 
@@ -237,6 +245,11 @@ class ShardServer:
         options = {key: value for key, value in group.items() if key != "params"}
         optimiser.param_groups[0].update(options)
         optimiser.load_state_dict(saved)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory, which there may be the next time; torch has no class for it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def gradient_of(table: Tensor, parts: Sequence[RowStep]) -> Tensor:

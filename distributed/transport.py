@@ -31,9 +31,6 @@ class Transport(Protocol):
         None instead of arguments: that shard is not asked, and None stands for its answer.
         """
 
-    def tell(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
-        """As `ask`, without waiting. What is asked after it is done after it."""
-
     def another(self) -> Transport:
         """For another client of the same shards, which do not end when it is closed."""
 
@@ -73,10 +70,6 @@ class LocalShards(Asking):
         with self._lock:
             answer = self.homes[shard].call(Call(*received(packed)))
         return received(self.traffic.count_received(sent(answer)))
-
-    def _send(self, calls: Calls) -> None:
-        """At once."""
-        self._exchange(calls, {})
 
     def another(self) -> LocalShards:
         """For another client of the same shards, also in another thread."""

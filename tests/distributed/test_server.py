@@ -1,5 +1,7 @@
 """Each change is done once, and a crash loses none that was answered."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -141,3 +143,38 @@ def test_a_call_that_cannot_be_logged_is_not_done(tmp_path, monkeypatch):
     assert not server.bank.book.live.any()
     server.call(put([0], 1, 1))  # the same again, once there is room
     assert server.bank.book.live[0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Call("step", ([row_step([1], 1.0)._replace(gradient=torch.ones(1, 5))],), "one", 2),
+        Call("step", ([row_step([99], 1.0)],), "one", 2),
+        Call("write_at", (torch.tensor([1]), {"colour": 3}, 2), "one", 2),
+    ],
+)
+def test_a_call_that_is_not_as_it_should_be_is_refused_and_leaves_the_log_readable(tmp_path, bad):
+    server = ShardServer(bank(), CallLog.create(tmp_path / "calls", SHARD))
+    server.call(put([1, 2], 1, 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{bad.operation} failed with"):
+            server.call(bad)
+    server.call(put([3], 3, 3))
+    log, calls = CallLog.reopen(tmp_path / "calls", SHARD)
+    again = ShardServer.replayed(bank(), log, calls)
+    same(server, again)
+    assert again.bank.book.live.nonzero().flatten().tolist() == [1, 2, 3]
+
+
+def test_a_change_that_ran_out_of_memory_and_was_asked_again_is_replayed_once(tmp_path):
+    server = ShardServer(bank(), CallLog.create(tmp_path / "calls", SHARD))
+    server.call(put([1], 1, 1))
+    change = step([1], 1.0, 1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ShardServer, "_step_table", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            server.call(change)
+    server.call(change)
+    log, calls = CallLog.reopen(tmp_path / "calls", SHARD)
+    assert len(calls) == 3
+    same(server, ShardServer.replayed(bank(), log, calls))

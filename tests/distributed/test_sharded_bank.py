@@ -162,3 +162,13 @@ def test_shards_of_another_bank_are_refused(tmp_path):
     path = ShardedBank.create(tmp_path / "bank", 10, 2, num_shards=2)
     with pytest.raises(ValueError, match="shards are 3, expected 2"):
         ShardedBank(path, bank.shards)
+
+
+def test_a_gradient_that_the_wire_cannot_hold_steps_no_shard():
+    _, whole_wire = pair(3)
+    bank = ShardedBank(whole_wire.path, whole_wire.shards, wire_dtype=torch.float16)
+    before = whole(bank)[1].clone()
+    (bank.read(torch.ones(1, WIDTH), 6).scores.sum() * 1e6).backward()
+    with pytest.raises(ValueError, match=r"the gradient of keys in torch.float16\[.*\] is -?inf"):
+        RowSGD([bank.keys], lr=1e-9).step()
+    assert torch.equal(whole(bank)[1], before)
