@@ -16,6 +16,7 @@ from sparsemem.distributed.asking import Asking, Calls, Outcomes
 from sparsemem.distributed.calls import Call
 from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.home import ShardHome, read_manifest
+from sparsemem.distributed.metrics import ShardMetrics
 from sparsemem.distributed.traffic import Traffic
 from sparsemem.distributed.wire import Packed, received, sent
 
@@ -30,10 +31,15 @@ class ShardActor:
 
     def __init__(self, path: str, shard: int, patience: float) -> None:
         self._home = ShardHome(Path(path), shard, patience)
+        self._metrics = ShardMetrics(path, shard, lambda: self._home.server.bank.stats())
 
     def call(self, call: Packed) -> Packed:
         """What the shard answers."""
-        return sent(self._home.call(Call(*received(call))))
+        begun = time.perf_counter()
+        asked = Call(*received(call))
+        answer = sent(self._home.call(asked))
+        self._metrics.count(asked.operation, time.perf_counter() - begun)
+        return answer
 
 
 class RayShards(Asking):

@@ -1,0 +1,95 @@
+"""Figures of shards and of runs for Prometheus, by Ray's metrics.
+
+Each node's agent serves them (ray[default]; at `ray start --metrics-export-port`), with `ray_`
+before their names. Calls are counted as plain numbers and handed over every few seconds, by the
+call that comes next: that takes a microsecond a call, and no thread. What an idle shard shows is
+what its last calls left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+EVERY_SECONDS = 5.0
+# The end of a gauge's name: which of `MemoryBank.stats` it shows, and what that is.
+SHARD_GAUGES = {
+    "rows": ("num_rows", "Rows of the shard, live or not"),
+    "rows_live": ("num_live", "Rows that can be found"),
+    "rows_frozen": ("num_frozen", "Rows that take no gradient and do not give way"),
+    "table_bytes": ("table_bytes", "Bytes of rows and book, if all of their pages were touched"),
+    "index_bytes": ("bytes", "Bytes of the index"),
+    "buffered": ("buffered", "Changed rows that the index has not absorbed"),
+    "recall": ("recall", "Recall of the index, measured on live queries"),
+    "imbalance": ("imbalance", "How unevenly the index's lists are filled; 1: all alike"),
+    "rebuilds": ("rebuilds", "How often the index was built anew"),
+}
+
+
+class ShardMetrics:
+    """What a shard holds, how often it is called, and for how long.
+
+    Args:
+        bank: the sharded bank's folder; with `shard` a tag of every figure.
+        shard: the shard's number.
+        stats: what the shard's bank says of itself.
+    """
+
+    def __init__(self, bank: str, shard: int, stats: Callable[[], Mapping[str, Any]]) -> None:
+        tags, self._stats = {"bank": bank, "shard": str(shard)}, stats
+        self._gauges = {
+            key: _gauge(f"sparsemem_shard_{name}", what, tags)
+            for name, (key, what) in SHARD_GAUGES.items()
+        }
+        calls = "sparsemem_shard_calls", "Calls answered"
+        seconds = "sparsemem_shard_call_seconds", "Seconds spent on calls that were answered"
+        self._calls, self._seconds = (
+            Counter(*named, (*tags, "operation")).set_default_tags(tags)
+            for named in (calls, seconds)
+        )
+        self._counted: dict[str, list[float]] = {}  # since the last report: calls, seconds
+        self._due = 0.0
+
+    def count(self, operation: str, seconds: float) -> None:
+        """A call was answered."""
+        counted = self._counted.setdefault(operation, [0, 0.0])
+        counted[0] += 1
+        counted[1] += seconds
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + EVERY_SECONDS
+            self._report()
+
+    def _report(self) -> None:
+        stats = self._stats()
+        for key, gauge in self._gauges.items():
+            gauge.set(stats[key])  # None, for what is not known yet, is left out
+        for operation, (calls, seconds) in self._counted.items():
+            self._calls.inc(calls, {"operation": operation})
+            self._seconds.inc(seconds, {"operation": operation})
+        self._counted.clear()
+
+
+class RunMetrics:
+    """How far a run has got. For one process of it.
+
+    Args:
+        run: the run's folder; a tag of every figure.
+    """
+
+    def __init__(self, run: str) -> None:
+        tags = {"run": run}
+        self._step = _gauge("sparsemem_run_step", "Steps done", tags)
+        self._loss = _gauge("sparsemem_run_loss", "Training loss, as the log has it", tags)
+
+    def report(self, step: int, loss: float) -> None:
+        """What the log says."""
+        self._step.set(step)
+        self._loss.set(loss)
+
+
+def _gauge(name: str, what: str, tags: dict[str, str]) -> Gauge:
+    return Gauge(name, what, tuple(tags)).set_default_tags(tags)
