@@ -339,7 +339,7 @@ PARTS = ("controller", "sizes", "dense", "links", "long")
 
 def main(
     part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}.")] = None,
-    dense_batch: Annotated[int, typer.Option(help="Sequences at a time of the NTM.")] = 8,
+    dense_batch: Annotated[int, typer.Option(help="Sequences at a time of the NTM.")] = 2,
     alone: Annotated[bool, typer.Option("--alone", hidden=True)] = False,
 ) -> None:
     """Measure each part in a process of its own, and write the JSON beside this file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,13 +83,13 @@ def _banks(result: Result) -> Figure:
         _line(times, result, of, name, label, lambda p: p.times["read"].median, "read")
         at = [1e6 * p.times["read"].median / queries for p in of]
         found = [p.figures["recall"] for p in of]
-        recalls.plot(at, found, "o-", color=COLOURS[name], label=name)
-        for x, y, point in zip(at, found, of, strict=True):
-            recalls.annotate(f"{point.size:.0e}", (x, y), fontsize=6, textcoords="offset points",
-                             xytext=(3, 3))  # fmt: skip
+        recalls.plot(at, found, "-", color=COLOURS[name], label=name)
+        areas = [12.0 * math.log10(p.size) ** 2 / 4 for p in of]
+        recalls.scatter(at, found, areas, color=COLOURS[name], alpha=0.6, linewidths=0)
     times.set(title=f"A read of {queries} queries", xlabel="rows", ylabel="seconds")
     times.set(xscale="log", yscale="log")
-    recalls.set(title="Recall at 8", xlabel="microseconds a query", xscale="log")
+    recalls.set(title="Recall at 8 (larger points: more rows)", xscale="log")
+    recalls.set(xlabel="microseconds a query", ylabel="recall")
     recalls.set_ylim(min(0.9, recalls.get_ylim()[0]), 1.005)
     for axes in (times, recalls):
         axes.grid(alpha=0.3)
