@@ -30,18 +30,18 @@ from sparsemem.bank.selection import NESTED, Candidates, best_first, check_polic
 from sparsemem.bank.tables import INITIAL
 from sparsemem.checks import check_at_most, check_known, check_size
 from sparsemem.distributed.asking import Arguments
-from sparsemem.distributed.client import Client
-from sparsemem.distributed.fetched import FetchedRows, FetchedTable, Known, Moment
-from sparsemem.distributed.home import Manifest, lay_out, read_manifest, write_manifest
+from sparsemem.distributed.fetched import FetchedRows, FetchedTable, Moment
+from sparsemem.distributed.home import Manifest, lay_out
 from sparsemem.distributed.merging import NewRows, assembled, chosen, in_order
 from sparsemem.distributed.placement import MISSING, Part, Placement
 from sparsemem.distributed.transport import Transport
+from sparsemem.distributed.versions import Versioned
 from sparsemem.files import new_folder
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.optim.remote import RowStep
 
 
-class ShardedBank(Client):
+class ShardedBank(Versioned):
     """N rows over S shards, found, written and trained as those of one `MemoryBank`.
 
     Row id lives on shard id % S. `keys` and `values` are parameters of the tables' shapes that
@@ -112,27 +112,6 @@ class ShardedBank(Client):
             lay_out(folder, manifest)
         return path
 
-    def save(self) -> None:
-        """Make a version of all rows, optimisers and usage: a crash goes on from there.
-
-        What was written since is in the shards' logs, and as safe; a save shortens them.
-        """
-        # A number that no attempt before has used, so that all shards write down this moment.
-        version = 1 + max(number for number, _ in self._ask("standing", ()))
-        self._ask("checkpoint", (version,))
-        self._put_in_force(version=version, log=version, clock=self.clock)
-        self._ask("forget", ())
-
-    def restore(self) -> None:
-        """Go back to the last version saved, in all shards, optimisers and usage with it."""
-        self._manifest = read_manifest(self.path)
-        log = 1 + max(number for number, _ in self._ask("standing", ()))
-        self._put_in_force(log=log)
-        self._ask("restore", ())
-        self.clock = self._manifest.clock
-        self._known = Known(self.placement.num_shards)
-        self._pushed = False
-
     def as_worker(self, worker: int, of: int) -> ShardedBank:
         """The same shards for one of several workers, which trains on its share of each batch.
 
@@ -141,10 +120,6 @@ class ShardedBank(Client):
         """
         shards, dtype = self.shards.another(), self.wire_dtype
         return ShardedBank(self.path, shards, worker=worker, num_workers=of, wire_dtype=dtype)
-
-    def _put_in_force(self, **changed: int) -> None:
-        self._manifest = self._manifest.model_copy(update=changed)
-        write_manifest(self.path, self._manifest)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query; as `MemoryBank.read`."""

@@ -10,6 +10,7 @@ going on with a log of that number; the version is in force once the manifest sa
 then every shard keeps what leads there from the version before. So a shard that comes back takes
 the manifest's version, and all calls since, however far a checkpoint had got that was under way.
 Going back to a version is one change of the manifest too: it names the first log that counts.
+Versions that are kept are checkpoints alone: their logs are gone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sparsemem.bank.errors import BankError, DamagedError, write_errors
 from sparsemem.bank.recovery import claim
 from sparsemem.distributed.calls import Call, CallLog, Logged
 from sparsemem.distributed.placement import Placement
-from sparsemem.distributed.server import ShardServer
+from sparsemem.distributed.server import BANK, ShardServer
 from sparsemem.distributed.shard import ShardBank
 from sparsemem.files import new_folder, replace_file, write_synced
 
@@ -51,6 +52,30 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     version: NonNegativeInt = 0  # the checkpoint in force
     log: NonNegativeInt = 0  # the first log that counts: `version`, or after a `restore` more
     clock: NonNegativeInt = 0  # the callers' when the version was made
+    kept: dict[NonNegativeInt, NonNegativeInt] = {}  # other versions, with the clock of each
+
+    @property
+    def clocks(self) -> dict[int, int]:
+        """All versions that there are, with the callers' clock of each."""
+        return {**self.kept, self.version: self.clock}
+
+    def at(self, version: int | None) -> Manifest:
+        """With another version in force, and this one kept; None: as it is. Logs are those it has.
+
+        ValueError for a version that there is not.
+        """
+        if version is None:
+            return self
+        clock = self.clock_of(version, "version is")
+        kept = {number: time for number, time in self.clocks.items() if number != version}
+        return self.model_copy(update={"version": version, "clock": clock, "kept": kept})
+
+    def clock_of(self, version: int, what: str) -> int:
+        """The callers' clock at a version. ValueError, which begins with `what`, if it is gone."""
+        if version not in self.clocks:
+            there = ", ".join(map(str, sorted(self.clocks)))
+            raise ValueError(f"{what} {version}, expected a version that is there: {there}")
+        return self.clocks[version]
 
     @property
     def placement(self) -> Placement:
@@ -172,8 +197,16 @@ def read_server(folder: Path, manifest: Manifest, shard: int, history: History) 
     """The shard as its folder has it, which is left as it is."""
     if manifest.version:
         place = checkpoint_at(folder, manifest.version)
-        return ShardServer.restored(place, None, history.calls)
+        gone_back = manifest.log > manifest.version
+        return ShardServer.restored(place, None, history.calls, gone_back=gone_back)
     return ShardServer.replayed(manifest.new_bank(shard), None, history.calls)
+
+
+def read_checkpoint(path: Path, manifest: Manifest, shard: int) -> ShardBank:
+    """A shard's bank as it was at the manifest's version."""
+    if not manifest.version:
+        return manifest.new_bank(shard)
+    return ShardBank.load(checkpoint_at(folder_of(path, shard), manifest.version) / BANK)
 
 
 def claim_shard(path: Path, shard: int, patience: float = 0.0) -> int:
@@ -258,7 +291,7 @@ class ShardHome:
             if number < manifest.log:
                 calls_at(self.folder, number).unlink(missing_ok=True)
         for number in numbered(self.folder, "checkpoint"):
-            if number < manifest.log and number != manifest.version:
+            if number < manifest.log and number not in manifest.clocks:
                 shutil.rmtree(checkpoint_at(self.folder, number), ignore_errors=True)
 
     def restore(self) -> None:

@@ -94,7 +94,8 @@ class ShardServer:
         elif known is None or call.sequence != known.sequence:
             raise BankError(
                 f"change {call.sequence} of client {call.client!r} comes after its change"
-                f" {known.sequence if known else 0}: expected that one again, or the next"
+                f" {known.sequence if known else 0}: expected that one again, or the next (a client"
+                " has to be made anew once another has gone back to a version)"
             )
         if known.error is not None:
             raise ValueError(known.error)
@@ -144,15 +145,21 @@ class ShardServer:
         write_synced(path / STATE, encode_tensors(to_arrays(state)))
 
     @classmethod
-    def restored(cls, path: Path, log: CallLog | None, calls: Sequence[Call]) -> ShardServer:
-        """From a checkpoint and the calls that came after it."""
+    def restored(
+        cls, path: Path, log: CallLog | None, calls: Sequence[Call], *, gone_back: bool = False
+    ) -> ShardServer:
+        """From a checkpoint and the calls that came after it.
+
+        gone_back: what clients did since has not happened. They begin anew; what one of them still
+        had under way is refused.
+        """
         server = cls(ShardBank.load(path / BANK))
         try:
             state = from_arrays(safetensors.torch.load((path / STATE).read_bytes()))
             ids, times, server.bank.book.last_written = state["written"]
             server.bank.book.written.index_copy_(0, ids, times)
             server.bank.load_selection(*state["selection"])
-            for client, answer in state["answers"].items():
+            for client, answer in state["answers"].items() if not gone_back else ():
                 server._answers[client] = Answer(*answer)
             for name, saved in state["optimisers"].items():
                 server.load_optimiser(name, loadable(saved))

@@ -2,9 +2,6 @@
 
 import errno
 import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from sparsemem.distributed import home as home_module
 from sparsemem.distributed.calls import Call
 from sparsemem.distributed.home import ShardHome, checkpoint_at, folder_of, read_manifest
 from sparsemem.optim import RowAdam
+from tests.oracles.crashes import Crashes
 from tests.oracles.failing_disk import ENOSPC, fail_at, fail_file, fail_half_way
 from tests.oracles.shard_homes import (
     ROWS,
@@ -27,30 +25,6 @@ from tests.oracles.shard_homes import (
     then,
 )
 from tests.oracles.shard_states import same_state, state_of
-
-
-class Crashes:
-    """Copies a folder as a crash would leave it, before every call that changes the disk."""
-
-    def __init__(self, monkeypatch, path, copies):
-        self.path, self.copies, self.states = path, copies, []
-        watched = [(os, name) for name in ("fsync", "replace", "ftruncate", "write", "mkdir")]
-        for module, name in [*watched, (Path, "unlink"), (shutil, "rmtree")]:
-            self.watch(monkeypatch, module, name)
-
-    def watch(self, monkeypatch, module, name):
-        real = getattr(module, name)
-
-        def watched(*arguments, **options):
-            self.crash(name)
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(module, name, watched)
-
-    def crash(self, name):
-        copy = self.copies / f"{len(self.states)}-{name}"
-        subprocess.run(["cp", "-r", self.path, copy], check=True)
-        self.states.append(copy)
 
 
 def test_a_crash_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch):
