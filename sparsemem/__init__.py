@@ -9,6 +9,7 @@ from sparsemem.models.captured import captured
 from sparsemem.models.controller import LSTMController
 from sparsemem.models.dnc import DNC, DNCCell
 from sparsemem.models.lstm import LSTM, LSTMCell
+from sparsemem.models.memory_lstm import MemoryLSTM, MemoryLSTMCell
 from sparsemem.models.ntm import NTM, NTMCell
 from sparsemem.models.sam import SAM, SAMCell
 from sparsemem.models.sdnc import SDNC, SDNCCell
@@ -28,6 +29,8 @@ __all__ = [
     "LSTMCell",
     "LSTMController",
     "MemoryBank",
+    "MemoryLSTM",
+    "MemoryLSTMCell",
     "MemoryLayer",
     "MemoryModel",
     "NTMCell",

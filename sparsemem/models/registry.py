@@ -8,10 +8,12 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from sparsemem.bank.contract import Bank
 from sparsemem.checks import nearest
 from sparsemem.models.base import Cell, MemoryModel
 from sparsemem.models.dnc import DNC
 from sparsemem.models.lstm import LSTM
+from sparsemem.models.memory_lstm import MemoryLSTM, MemoryLSTMCell
 from sparsemem.models.ntm import NTM
 from sparsemem.models.sam import SAM, SAMCell
 from sparsemem.models.sdnc import SDNC, SDNCCell
@@ -22,9 +24,12 @@ MODELS: dict[str, type[MemoryModel]] = {
     "dnc": DNC,
     "ntm": NTM,
     "lstm": LSTM,
+    "memory-lstm": MemoryLSTM,
 }
 # Where a model takes **options, they are those of its cell.
-_CELLS: dict[str, type[Cell]] = {"sam": SAMCell, "sdnc": SDNCCell}
+_CELLS: dict[str, type[Cell]] = {"sam": SAMCell, "sdnc": SDNCCell, "memory-lstm": MemoryLSTMCell}
+# The argument of each model that reads a bank.
+_BANKS = {"sam": "memory", "sdnc": "memory", "memory-lstm": "bank"}
 
 
 def find_model(name: str) -> type[MemoryModel]:
@@ -53,8 +58,29 @@ def model_options(name: str) -> dict[str, Any]:
     return options
 
 
-def make_model(name: str, **options: Any) -> MemoryModel:
+def bank_readers() -> list[str]:
+    """The models that can read a bank."""
+    return list(_BANKS)
+
+
+def bank_argument(name: str) -> str | None:
+    """The argument of a model that takes the bank that it reads; None: it reads none."""
+    return _BANKS.get(name.lower())
+
+
+def needs_bank(name: str) -> bool:
+    """Whether a model cannot do without a bank."""
+    argument = bank_argument(name)
+    if argument is None:
+        return False
+    parameter = inspect.signature(find_model(name).__init__).parameters[argument]
+    return parameter.default is inspect.Parameter.empty
+
+
+def make_model(name: str, bank: Bank | None = None, **options: Any) -> MemoryModel:
     """Build a model: `make_model("sam", input_size=8, output_size=8, hidden_size=100)`.
+
+    `bank` is for a model that reads one (`bank_argument`).
 
     ValueError for an unknown name or option names the nearest known one; TypeError for a
     value of the wrong kind. What else a model refuses (a size below 1, a top_k over
@@ -71,6 +97,13 @@ def make_model(name: str, **options: Any) -> MemoryModel:
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in options:
             raise ValueError(f"model {name!r} needs the option {option!r}")
+    argument = bank_argument(name)
+    if bank is not None:
+        if argument is None:
+            raise ValueError(f"bank is given, but model {name!r} reads none")
+        options[argument] = bank
+    elif needs_bank(name):
+        raise ValueError(f"model {name!r} needs a bank")
     return find_model(name)(**options)
 
 

@@ -4,6 +4,7 @@ from sparsemem.tasks.babi import BabiTask
 from sparsemem.tasks.base import SPLITS, Batch, Task
 from sparsemem.tasks.bits import BitTask
 from sparsemem.tasks.copying import CopyTask, RepeatCopyTask
+from sparsemem.tasks.facts import FactsTask
 from sparsemem.tasks.ngrams import NGramsTask
 from sparsemem.tasks.recall import AssociativeRecallTask
 from sparsemem.tasks.registry import TASKS, find_task, make_task, task_options
@@ -17,6 +18,7 @@ __all__ = [
     "Batch",
     "BitTask",
     "CopyTask",
+    "FactsTask",
     "NGramsTask",
     "PrioritySortTask",
     "RepeatCopyTask",

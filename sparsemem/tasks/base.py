@@ -181,7 +181,7 @@ class Task(IterableDataset[Batch]):
         self,
         output: Float[Tensor, "B T Y"],
         batch: Batch,
-        normaliser: Int[Tensor, ""] | float | None = None,
+        normaliser: Int[Tensor, ""] | Float[Tensor, ""] | float | None = None,
     ) -> Float[Tensor, ""]:
         """Training loss: the mean over the bits or answers that count.
 

@@ -9,6 +9,7 @@ from sparsemem.checks import nearest
 from sparsemem.tasks.babi import BabiTask
 from sparsemem.tasks.base import Task
 from sparsemem.tasks.copying import CopyTask, RepeatCopyTask
+from sparsemem.tasks.facts import FactsTask
 from sparsemem.tasks.ngrams import NGramsTask
 from sparsemem.tasks.recall import AssociativeRecallTask
 from sparsemem.tasks.sorting import PrioritySortTask
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "priority-sort": PrioritySortTask,
     "ngrams": NGramsTask,
     "babi": BabiTask,
+    "facts": FactsTask,
 }
 
 

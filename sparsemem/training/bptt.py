@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from sparsemem.errors import UserError
-from sparsemem.models.base import MemoryModel
 from sparsemem.models.captured import Captured
+from sparsemem.optim import clip_grad_norm
 from sparsemem.tasks import Batch, Task
 from sparsemem.training.regions import region
+from sparsemem.training.team import ALONE, Team
 
 
 class Diverged(UserError):
@@ -35,13 +37,25 @@ def chunks(batch: Batch, length: int | None) -> Iterator[Batch]:
         yield batch.steps(start, min(start + (length or steps), steps))
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """What steps a model: an optimiser, or several as one."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the last gradients."""
+
+    def step(self) -> Any:
+        """Step what has a gradient."""
+
+
 def train_batch(
-    model: MemoryModel | Captured,
+    model: nn.Module,
     task: Task,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Steps,
     batch: Batch,
     truncate: int | None = None,
     clip: float | None = None,
+    team: Team = ALONE,
 ) -> BatchResult:
     """Train on one batch, one optimiser step for each chunk of `truncate` time steps.
 
@@ -50,14 +64,20 @@ def train_batch(
     they add up to its loss. A chunk in which nothing is scored takes no optimiser step.
     `gradient_norm` is the largest of the chunks', before clipping to `clip`. A captured model
     replays a batch that is one chunk; what is in several is run step by step.
+
+    Of a team each member takes its share of the batch, whose summed loss it divides by the mean
+    normaliser of a share: the mean of their losses, and of their gradients, is that of the batch.
+    The result is of the share.
     """
     state: Any = None
     outputs, loss, norm = [], 0.0, 0.0
-    normaliser = task.normaliser(batch).clamp(min=1)
+    # Of the whole batch, as is what is scored: the members' shares may differ.
+    normaliser = task.normaliser(batch).clamp(min=1) / team.size
+    is_scored = numbers(*(chunk.mask.any() for chunk in chunks(batch, truncate)))
+    batch = team.share(batch)
     parts = list(chunks(batch, truncate))
     if len(parts) > 1 and isinstance(model, Captured):
         model = model.model  # whose state is gone on with
-    is_scored = numbers(*(chunk.mask.any() for chunk in parts))
     for chunk, scored in zip(parts, is_scored, strict=True):
         output, state = model(chunk.input, state)
         outputs.append(output.detach())
@@ -82,18 +102,19 @@ def numbers(*scalars: torch.Tensor) -> list[float]:
 
 
 def _update(
-    model: MemoryModel | Captured,
-    optimiser: torch.optim.Optimizer,
+    model: nn.Module,
+    optimiser: Steps,
     loss: torch.Tensor,
     clip: float | None,
 ) -> tuple[float, float]:
     """One optimiser step, if all is finite: the loss, and the gradient's norm before clipping."""
     optimiser.zero_grad(set_to_none=True)
     with region("autograd"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Times 1; a loss that is not finite spoils the gradients, which a whole team sees.
+        (loss * (1 + 0 * loss.detach())).backward()  # type: ignore[no-untyped-call]
     with region("optimiser"):
         limit = math.inf if clip is None else clip  # an infinite limit measures and leaves
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        norm = clip_grad_norm(model.parameters(), limit)
         found = numbers(loss.detach(), norm)
         for name, value in zip(("loss", "gradient norm"), found, strict=True):
             if not math.isfinite(value):

@@ -2,6 +2,8 @@
 
     checkpoints/step-00001000/tensors.safetensors
     checkpoints/step-00001000/manifest.json
+    checkpoints/step-00001000/bank/            a snapshot of the bank, of a run with one
+                                               (docs/bank-format.md)
 
 A checkpoint appears whole or not at all, and is checked whole (format, checksums) before
 anything is taken from it. Nothing in it is ever unpickled.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from sparsemem.files import place_folder
+from sparsemem.files import new_folder, write_synced
 from sparsemem.training.errors import CheckpointError, DamagedError
 
 FORMAT = "sparsemem checkpoint"
@@ -53,6 +55,11 @@ class _Optimizer(BaseModel):
     param_groups: list[dict[str, Any]]
 
 
+class _Bank(BaseModel):
+    optimizer: _Optimizer
+    schedule: dict[str, Any]
+
+
 class _Manifest(BaseModel):
     """What must be in a manifest, to say so before anything is taken from it."""
 
@@ -67,6 +74,7 @@ class _Manifest(BaseModel):
     validation: dict[str, float] | None
     best: dict[str, float] | None
     seconds: float
+    bank: _Bank | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -98,9 +106,15 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    fill: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of a step; returns its path.
+
+    fill: called with the folder that is being written, to put more into it.
 
     Written beside and renamed once it is on the disk: a full disk, a missing permission
     or a crash raises CheckpointError and leaves the earlier checkpoints as they were.
@@ -119,7 +133,11 @@ def save_checkpoint(
     }
     manifest = json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False)
     try:
-        place_folder(path, {TENSORS: data, MANIFEST: manifest.encode()})
+        with new_folder(path) as beside:
+            if fill is not None:
+                fill(beside)
+            write_synced(beside / TENSORS, data)
+            write_synced(beside / MANIFEST, manifest.encode())
     except OSError as error:
         raise CheckpointError(
             f"cannot write checkpoint {path}: {error.strerror or error};"

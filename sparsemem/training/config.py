@@ -1,8 +1,8 @@
 """The config of a run: what may be said in it, its defaults, and errors that name the place.
 
-A config is YAML of five sections. `model` and `task` name a model and a task and hold
+A config is YAML of five sections, or six. `model` and `task` name a model and a task and hold
 their options; what those may be is known to `sparsemem.models.registry` and
-`sparsemem.tasks`. The other three are declared here.
+`sparsemem.tasks`. The others are declared here; `bank` is for models that read one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -139,11 +139,41 @@ class Evaluation(Section):
     level: Count | None = None
 
 
+class RowOptimizer(Named):
+    """A row optimiser of `sparsemem.optim`: as `Optimizer`."""
+
+    name: str = "adam"
+    learning_rate: Positive = 1e-3
+
+
+class Bank(Section):
+    """The bank that the model reads: arguments of `MemoryBank`, and what steps its rows.
+
+    `dtype` null is `training.dtype`, `seed` null `training.seed`. `background`, `buffer_rows` and
+    `exact_below` are for FAISS indices (`FreshIndex`); null is the index's own default.
+    """
+
+    num_rows: Count
+    width: Count
+    value_width: Count | None = None
+    index: str = "exact"
+    metric: str = "cosine"
+    min_recall: Annotated[Float, Field(ge=0, le=1)] | None = 0.95
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    initial: Literal["normal", "empty"] = "normal"
+    seed: Annotated[Natural, Field(lt=2**63)] | None = None
+    background: bool | None = None
+    buffer_rows: Count | None = None
+    exact_below: Count | None = None
+    optimizer: RowOptimizer = Field(default_factory=RowOptimizer)
+
+
 class Config(Section):
     """A run, whole."""
 
     model: Named
     task: Named
+    bank: Bank | None = None
     training: Training = Field(default_factory=Training)
     curriculum: Curriculum = Field(default_factory=Curriculum)
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -261,5 +291,6 @@ def _lower_first(message: str) -> str:
 def _known_keys(path: Sequence[str]) -> list[str]:
     section: Any = Config
     for key in path:
-        section = section.model_fields[key].annotation
+        kind = section.model_fields[key].annotation
+        section = next((part for part in get_args(kind) if part is not type(None)), kind)
     return list(section.model_fields)

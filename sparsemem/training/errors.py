@@ -43,3 +43,23 @@ def memory_explained() -> Iterator[None]:
             raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"the config does not fit in memory: {lines[0]}") from error
+
+
+@contextmanager
+def section_errors(name: str | None) -> Iterator[None]:
+    """Turn what is refused into a ConfigError that names the section of the config, if given."""
+    try:
+        with memory_explained():
+            yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename and error.strerror else ""
+        raise ConfigError(_placed(name, f"{place}{error.strerror or error}")) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(_placed(name, str(error))) from None
+
+
+def _placed(section: str | None, message: str) -> str:
+    """`model.top_k is ...` where a message begins with an option, else `model: ...`."""
+    if section is None:
+        return message
+    return f"{section}{'.' if re.match(r'[a-z_0-9]+ is ', message) else ': '}{message}"

@@ -7,13 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparsemem.training.banks import check_bank_section, make_bank
 from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, DamagedError
 from sparsemem.training.evaluate import Result, evaluate
 from sparsemem.training.plan import check_fits
 from sparsemem.training.run import RunFolder, claim_folder
-from sparsemem.training.setup import Setup, check_split, differing_keys, load_model, prepare
+from sparsemem.training.setup import (
+    Setup,
+    check_split,
+    device_of,
+    differing_keys,
+    load_model,
+    prepare,
+)
 from sparsemem.training.trainer import Outcome, Trainer
 
 # What may change between the parts of a run. Anything else would make it another run.
@@ -64,8 +72,8 @@ def resume(
     ConfigError if `config` differs from the run's own in more than `RESUME_MAY_CHANGE`.
     """
     check_fits(config)
-    setup = prepare(config)
-    _check_same_run(run, setup.config)
+    setup = prepare_blank(config)
+    check_same_run(run, setup.config)
     trainer = _trainer(setup)
     with run.lock():
         with _older_checkpoint_named(run):
@@ -101,7 +109,8 @@ def _trainer(setup: Setup) -> Trainer:
     return Trainer(setup)
 
 
-def _check_same_run(run: RunFolder, config: Config) -> None:
+def check_same_run(run: RunFolder, config: Config) -> None:
+    """ConfigError if a config differs from a run's in more than `RESUME_MAY_CHANGE`."""
     old, new = run.config().model_dump(), config.model_dump()
     schedule = config.training.schedule.name
     for path in differing_keys(old, new):
@@ -118,6 +127,14 @@ def _check_same_run(run: RunFolder, config: Config) -> None:
             )
 
 
+def prepare_blank(config: Config) -> Setup:
+    """`prepare` for what a checkpoint fills: the bank's rows are there once they are loaded."""
+    if config.bank is None:
+        return prepare(config)
+    check_bank_section(config)
+    return prepare(config, make_bank(config, device=device_of(config), initial="empty"))
+
+
 def _value(tree: Any, path: str) -> Any:
     for key in path.split("."):
         tree = tree.get(key)
@@ -129,7 +146,7 @@ def load_run(run: RunFolder, config: Config, which: str = "best") -> tuple[Setup
 
     `config` may differ from the run's own in anything that leaves the parameters' shapes.
     """
-    setup = prepare(config)
+    setup = prepare_blank(config)
     with _older_checkpoint_named(run):
         path = run.best_checkpoint() if which == "best" else run.newest_checkpoint()
         checkpoint = load_checkpoint(path)

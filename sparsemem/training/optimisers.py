@@ -1,10 +1,10 @@
-"""Torch optimisers and learning-rate schedules by name."""
+"""Optimisers and learning-rate schedules by name: torch's, and for a bank's rows those by row."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,28 +12,62 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sparsemem.checks import nearest
-from sparsemem.training.config import Optimizer, Schedule
+from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
+from sparsemem.training.banks import dense_parameters, row_parameters
+from sparsemem.training.config import Config, Optimizer, RowOptimizer, Schedule
 from sparsemem.training.errors import ConfigError
 
+PLACE, ROW_PLACE = "training.optimizer", "bank.optimizer"
+Kinds = Mapping[str, type[torch.optim.Optimizer]]
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
-_PLACE = "training.optimizer"
+ROW_OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": RowAdam,
+    "adamw": RowAdamW,
+    "adagrad": RowAdagrad,
+    "sgd": RowSGD,
+}
 
 
-def optimiser_options(name: str) -> dict[str, Any]:
-    """Options of a torch optimiser beside its learning rate, with their defaults.
+class Optimisers:
+    """What steps a model, as one: that of all parameters but rows, then that of a bank's rows."""
+
+    def __init__(self, each: Sequence[torch.optim.Optimizer]) -> None:
+        self.each = list(each)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the last gradients."""
+        for optimiser in self.each:
+            optimiser.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """Step all parameters; the rows first, as that may fail where they are elsewhere."""
+        for optimiser in reversed(self.each):
+            optimiser.step()
+
+
+def make_optimisers(config: Config, model: nn.Module) -> Optimisers:
+    """The optimisers of a config, for all parameters of its model."""
+    each = [make_optimiser(config.training.optimizer, dense_parameters(model))]
+    if config.bank is not None:
+        each.append(make_row_optimiser(config.bank.optimizer, row_parameters(model)))
+    return Optimisers(each)
+
+
+def optimiser_options(name: str, kinds: Kinds = OPTIMISERS, place: str = PLACE) -> dict[str, Any]:
+    """Options of an optimiser beside its learning rate, with their defaults.
 
     Without those for gradients through the optimiser and for CUDA graphs: nothing here has these.
     """
-    if name not in OPTIMISERS:
+    if name not in kinds:
         raise ConfigError(
-            f"{_PLACE}.name is {name!r}, expected an optimiser: {nearest(name, OPTIMISERS)}"
+            f"{place}.name is {name!r}, expected an optimiser: {nearest(name, kinds)}"
         )
-    parameters = inspect.signature(OPTIMISERS[name]).parameters
+    parameters = inspect.signature(kinds[name]).parameters
     return {
         key: list(value.default) if isinstance(value.default, tuple) else value.default
         for key, value in parameters.items()
@@ -43,22 +77,36 @@ def optimiser_options(name: str) -> dict[str, Any]:
 
 def make_optimiser(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser of a config; ConfigError names the option that is wrong."""
-    known = optimiser_options(config.name)
+    return _made(config, parameters, OPTIMISERS, PLACE)
+
+
+def make_row_optimiser(
+    config: RowOptimizer, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The row optimiser of a config; ConfigError names the option that is wrong."""
+    return _made(config, parameters, ROW_OPTIMISERS, ROW_PLACE)
+
+
+def _made(
+    config: Optimizer | RowOptimizer, parameters: Iterable[nn.Parameter], kinds: Kinds, place: str
+) -> torch.optim.Optimizer:
+    known = optimiser_options(config.name, kinds, place)
     for key, value in config.options.items():
         if key not in known:
             names = [*known, "learning_rate"]
             raise ConfigError(
-                f"unknown key {_PLACE}.{key} for {config.name!r}: {nearest(key, names)}"
+                f"unknown key {place}.{key} for {config.name!r}: {nearest(key, names)}"
             )
-        _check_kind(f"{_PLACE}.{key}", value, known[key])
+        if key != "rounding_seed":  # the row optimisers check it themselves
+            _check_kind(f"{place}.{key}", value, known[key])
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.options.items()
     }
     try:
-        return OPTIMISERS[config.name](parameters, lr=config.learning_rate, **options)  # type: ignore[call-arg]
+        return kinds[config.name](parameters, lr=config.learning_rate, **options)  # type: ignore[call-arg]
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"{_PLACE}: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def _check_kind(path: str, value: Any, default: Any) -> None:

@@ -21,9 +21,9 @@ from sparsemem.training.dryrun import (
     optimiser_bytes,
     step_bytes,
 )
-from sparsemem.training.errors import ConfigError
+from sparsemem.training.errors import ConfigError, section_errors
 from sparsemem.training.optimisers import make_optimiser
-from sparsemem.training.setup import build_task, device_of, dtype_of, resolve, section_errors
+from sparsemem.training.setup import build_task, device_of, dtype_of, resolve
 
 MEMORY_INFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 STATUS = Path("/proc/self/status")

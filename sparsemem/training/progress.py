@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TextIO
@@ -61,3 +62,13 @@ class Progress:
             f"loss {values['loss']:.4f}, {self.metric_name} {values['metric']:.3g},"
             f" touched {values['touched']:.0f}, level {values['level']:.3g}"
         )
+
+
+class Silent(Progress):
+    """Progress of which nobody is told."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0, "", io.StringIO())
+
+    def say(self, line: str) -> None:
+        """Nothing."""

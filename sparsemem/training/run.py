@@ -178,6 +178,19 @@ class MetricsLog:
             self._writer.close()
 
 
+class NoLog:
+    """Records nothing."""
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def claim_folder(path: Path) -> Path:
     """Make and return the first of `path`, `path`-2, `path`-3, ... that was not there.
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import inspect
 import platform
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from sparsemem.bank.contract import Bank
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.captured import Captured, captured
 from sparsemem.models.registry import find_model, make_model, model_options
 from sparsemem.tasks import Task, make_task, task_options
+from sparsemem.training import config as configs
+from sparsemem.training.banks import (
+    Keeper,
+    check_bank_section,
+    dense_parameters,
+    dense_state,
+    keeper_of,
+    make_bank,
+)
 from sparsemem.training.checkpoint import Checkpoint, check_tensors
 from sparsemem.training.config import Config, make_config
-from sparsemem.training.errors import CheckpointError, ConfigError, memory_explained
+from sparsemem.training.errors import CheckpointError, ConfigError, section_errors
 
 _ELSEWHERE = {
     "seed": "say training.seed",
@@ -38,17 +46,23 @@ class Setup(NamedTuple):
     task: Task
     evaluation_task: Task
     model: MemoryModel
+    bank: Bank | None = None  # that the model reads
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, bank: Bank | None = None) -> Setup:
     """Make what a config names, and write its defaults out.
 
-    The model starts from `training.seed`. ConfigError says which section was refused.
+    The model starts from `training.seed`. It reads `bank`, or else the one that the section `bank`
+    describes, which is made here. ConfigError says which section was refused.
     """
+    check_bank_section(config)
     task = build_task(config, config.training.batch_size)
-    model = build_model(config, task)
+    if config.bank is not None and bank is None:
+        bank = make_bank(config, device=device_of(config))
+    model = build_model(config, task, bank)
     resolved = resolve(config, task)
-    return Setup(resolved, task, build_task(config, config.evaluation.batch_size), model)
+    evaluation_task = build_task(config, config.evaluation.batch_size)
+    return Setup(resolved, task, evaluation_task, model, bank)
 
 
 def check_split(setup: Setup, split: str) -> None:
@@ -73,8 +87,11 @@ def build_task(config: Config, batch_size: int) -> Task:
         return make_task(config.task.name, **given, **config.task.options)
 
 
-def build_model(config: Config, task: Task) -> MemoryModel:
-    """The config's model with the task's sizes, freshly initialised from the config's seed."""
+def build_model(config: Config, task: Task, bank: Bank | None = None) -> MemoryModel:
+    """The config's model with the task's sizes, freshly initialised from the config's seed.
+
+    The bank stays as it is and where it is.
+    """
     sizes = {"input_size": task.input_size, "output_size": task.output_size}
     for key in sizes:
         if key in config.model.options:
@@ -82,8 +99,23 @@ def build_model(config: Config, task: Task) -> MemoryModel:
     device = device_of(config)
     with section_errors("model"):
         torch.manual_seed(config.training.seed)
-        model = make_model(config.model.name, **sizes, **config.model.options)
-    return model.to(device, dtype_of(config))
+        model = make_model(config.model.name, bank, **sizes, **config.model.options)
+    return placed(model, bank, device, dtype_of(config))
+
+
+def placed(
+    model: MemoryModel, bank: Bank | None, device: torch.device, dtype: torch.dtype
+) -> MemoryModel:
+    """The model itself, on a device and of a dtype, but for the bank that it reads."""
+    left = set(bank.modules()) if isinstance(bank, nn.Module) else set()
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    for module in model.modules():
+        if module not in left:
+            module._apply(move, recurse=False)  # type: ignore[no-untyped-call]
+    return model
 
 
 def as_trained(config: Config, model: MemoryModel) -> MemoryModel | Captured:
@@ -96,8 +128,10 @@ def as_trained(config: Config, model: MemoryModel) -> MemoryModel | Captured:
     return captured(model)
 
 
-def load_model(setup: Setup, checkpoint: Checkpoint) -> None:
+def load_model(setup: Setup, checkpoint: Checkpoint, keeper: Keeper | None = None) -> None:
     """Give the model the parameters of a checkpoint, once they are known to be its own.
+
+    And its bank the rows, as the keeper has them (None: the one that suits the bank).
 
     CheckpointError if they are of another model, or of a task whose inputs and outputs mean
     something else, such as other words.
@@ -109,15 +143,19 @@ def load_model(setup: Setup, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is of model {name!r}, expected {config.model.name!r}"
         )
     tensors = checkpoint.part("model")
-    check_tensors(tensors, model.state_dict(), checkpoint.path, config.model.name)
+    own = dense_state(model, setup.bank)
+    check_tensors(tensors, own, checkpoint.path, config.model.name)
     identity = checkpoint.manifest["task"]["identity"]
     if identity != task.identity:
         raise CheckpointError(
             f"{checkpoint.path} was trained on inputs of another meaning: identity of its task"
             f" {identity[:12] or 'none'}, of task {config.task.name} as configured"
-            f" {task.identity[:12] or 'none'} (for babi: the vocabulary, given by tasks and path)"
+            f" {task.identity[:12] or 'none'} (for babi: the vocabulary, given by tasks and path;"
+            " for facts: map_seed, key_bits and value_bits)"
         )
-    model.load_state_dict(tensors)
+    (keeper or keeper_of(setup.bank)).restore(checkpoint)
+    for key, tensor in own.items():
+        tensor.copy_(tensors[key])
 
 
 def resolve(config: Config, task: Task) -> Config:
@@ -132,6 +170,8 @@ def resolve(config: Config, task: Task) -> Config:
         if value is not inspect.Parameter.empty
     }
     tree = config.model_dump()
+    if config.bank is not None:
+        _resolve_bank(config, tree["bank"], defaults)
     tree["model"] = {**tree["model"], **defaults, **config.model.options}
     tree["task"] |= _task_defaults(config.task.name) | config.task.options
     for key in PATHS & tree["task"].keys():
@@ -153,6 +193,16 @@ def resolve(config: Config, task: Task) -> Config:
         with section_errors(None):
             task.check_level(tree[section][key], path)
     return resolved
+
+
+def _resolve_bank(config: Config, bank: dict[str, Any], model_defaults: dict[str, Any]) -> None:
+    """Write out a bank's defaults, and the sizes that a model has from its bank."""
+    for key, value in (("dtype", config.training.dtype), ("seed", config.training.seed)):
+        if bank[key] is None:
+            bank[key] = value
+    for key, size in (("num_slots", "num_rows"), ("slot_dim", "width")):
+        if key in model_defaults:
+            model_defaults[key] = bank[size]
 
 
 def _task_defaults(name: str) -> dict[str, Any]:
@@ -185,10 +235,12 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def describe(config: Config, model: MemoryModel) -> str:
     """What is about to run, for the first lines of a log."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in dense_parameters(model))
     options = config.model.options
     memory = f", {options['num_slots']:,} slots" if options.get("num_slots") else ""
     memory += f" of width {options['slot_dim']}" if memory and options.get("slot_dim") else ""
+    if config.bank is not None:
+        memory = f", a bank of {_shown(config.bank)}"
     training = config.training
     threads = f"{training.threads} thread{'s' if training.threads > 1 else ''}"
     return (
@@ -199,32 +251,20 @@ def describe(config: Config, model: MemoryModel) -> str:
     )
 
 
+def _shown(bank: configs.Bank) -> str:
+    """A bank in a few words."""
+    widths = f"width {bank.width}"
+    if bank.value_width is not None:
+        widths += f" and values of {bank.value_width}"
+    return f"{bank.num_rows:,} rows of {widths}, index {bank.index}, {bank.optimizer.name}"
+
+
 def package_version() -> str:
     """Version of the installed package."""
     try:
         return version("sparsemem")
     except PackageNotFoundError:
         return "(not installed)"
-
-
-@contextmanager
-def section_errors(name: str | None) -> Iterator[None]:
-    """Turn what is refused into a ConfigError that names the section of the config, if given."""
-    try:
-        with memory_explained():
-            yield
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename and error.strerror else ""
-        raise ConfigError(_placed(name, f"{place}{error.strerror or error}")) from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(_placed(name, str(error))) from None
-
-
-def _placed(section: str | None, message: str) -> str:
-    """`model.top_k is ...` where a message begins with an option, else `model: ...`."""
-    if section is None:
-        return message
-    return f"{section}{'.' if re.match(r'[a-z_0-9]+ is ', message) else ': '}{message}"
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """The training loop: batches, metrics, validation, checkpoints, and going on from them.
 
-Everything that later steps depend on is in the checkpoint: model, optimiser, learning
-rate, curriculum, random state, step (which is the position in the data), and the sums of
+Everything that later steps depend on is in the checkpoint: model, optimisers, the bank's rows,
+learning rate, curriculum, random state, step (which is the position in the data), and the sums of
 the metrics not yet recorded. So a resumed run equals an uninterrupted one bit for bit.
 """
 
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsemem.bank.rows import bank_of
+from sparsemem.training.banks import Fill, Keeper, dense_state, keeper_of
 from sparsemem.training.bptt import BatchResult, Diverged, train_batch
 from sparsemem.training.checkpoint import (
+    checkpoint_path,
     load_checkpoint,
     optimiser_tensors,
     prune_checkpoints,
@@ -28,13 +33,16 @@ from sparsemem.training.checkpoint import (
 from sparsemem.training.curriculum import make_curriculum
 from sparsemem.training.errors import CheckpointError, RunError
 from sparsemem.training.evaluate import Result, evaluate
-from sparsemem.training.optimisers import make_optimiser, make_schedule
+from sparsemem.training.optimisers import make_optimisers, make_schedule
 from sparsemem.training.profiling import Profile
-from sparsemem.training.progress import Progress
+from sparsemem.training.progress import Progress, Silent
 from sparsemem.training.regions import region
-from sparsemem.training.run import MetricsLog, RunFolder
+from sparsemem.training.run import MetricsLog, NoLog, RunFolder
 from sparsemem.training.setup import Setup, as_trained, describe, load_model, package_version
 from sparsemem.training.signals import Stop, stop_on_signal
+from sparsemem.training.team import ALONE, Team, check_shares
+
+Log = MetricsLog | NoLog
 
 
 class Outcome(Enum):
@@ -46,18 +54,36 @@ class Outcome(Enum):
 
 
 class Trainer:
-    """Trains what `prepare` made; `restore` before `train` goes on from a checkpoint."""
+    """Trains what `prepare` made; `restore` before `train` goes on from a checkpoint.
 
-    def __init__(self, setup: Setup) -> None:
-        """Make optimiser, schedule and curriculum; sets torch's thread count, which is global."""
-        self.setup = setup
+    In a team every member has a trainer of the same config, whose model reads the same shards; all
+    make the same calls. Member 0 alone writes, validates and saves.
+
+    Args:
+        setup: what is trained.
+        team: who trains together.
+        keeper: how checkpoints keep the bank's rows; None: the one that suits a bank in this
+            process, or none.
+    """
+
+    def __init__(self, setup: Setup, team: Team = ALONE, keeper: Keeper | None = None) -> None:
+        """Make optimisers, schedules and curriculum; sets torch's thread count, which is global.
+
+        ConfigError if a batch cannot be shared out evenly.
+        """
+        self.setup, self.team = setup, team
         self.config, self.task, self.model = setup.config, setup.task, setup.model
+        self.keeper = keeper_of(setup.bank) if keeper is None else keeper
         training = self.config.training
+        check_shares(training.batch_size, team.size)
         torch.set_num_threads(training.threads)
         self.device = next(self.model.parameters()).device
-        self.trained = as_trained(self.config, self.model)
-        self.optimiser = make_optimiser(training.optimizer, self.model.parameters())
-        self.schedule = make_schedule(self.optimiser, training.schedule, training.steps)
+        self.trained = team.wrapped(as_trained(self.config, self.model))
+        self.optimisers = make_optimisers(self.config, self.model)
+        self.schedules = [
+            make_schedule(optimiser, training.schedule, training.steps)
+            for optimiser in self.optimisers.each
+        ]
         self.curriculum = make_curriculum(self.config.curriculum, training.seed)
         self.step = 0  # steps done, and the index of the next batch
         self.sums: dict[str, float] = {}  # of metrics since they were last recorded
@@ -69,39 +95,48 @@ class Trainer:
 
     # The loop ------------------------------------------------------------------------
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the member that writes, validates and saves."""
+        return self.team.rank == 0
+
     def train(
-        self, run: RunFolder, progress: Progress | None = None, profiled: bool = False
+        self,
+        run: RunFolder,
+        progress: Progress | None = None,
+        profiled: bool = False,
+        stop: Stop | None = None,
     ) -> Outcome:
         """Train to the last step, or until a signal or `stop_below` ends it; saves at the end.
 
         profiled: say where the time of the first steps goes, and write it to the run's folder.
-        The caller holds `run.lock()`.
+        stop: asks to stop once it has a number; None: signals do.
+        The caller of member 0 holds `run.lock()`.
         RunError if the loss is no longer finite: it names the step and the checkpoint to
         go back to, which stays as it is.
         """
-        if progress is None:
+        log = MetricsLog(run, self.step) if self.leads else NoLog()
+        if not self.leads:
+            progress = Silent()
+        elif progress is None:
             progress = Progress(self.config.training.steps, self.step, self.task.metric_name)
-        with (
-            closing(progress),
-            closing(MetricsLog(run, self.step)) as log,
-            stop_on_signal() as stop,
-        ):
-            self.profile = Profile(self.model, run.profile, progress.say) if profiled else None
+        signals = stop_on_signal() if stop is None else nullcontext(stop)
+        with closing(progress), closing(log), signals as stop:
+            if profiled and self.leads:
+                self.profile = Profile(self.model, run.profile, progress.say)
             for line in describe(self.config, self.model).splitlines():
                 progress.say(line)
-            while self._outcome(stop) is None:
+            while (outcome := self._outcome(stop)) is None:
                 self._one_step(run, log, progress)
-            if stop.number is not None:
+            if outcome is Outcome.INTERRUPTED:
                 progress.say("asked to stop: saving; once more leaves at once, without saving")
             self._save(run, log)
             if self.profile is not None:
                 self.profile.close()
-        outcome = self._outcome(stop)
-        assert outcome is not None
         return outcome
 
     def _outcome(self, stop: Stop) -> Outcome | None:
-        training = self.config.training
+        training, asked = self.config.training, self.team.asked(stop.number is not None)
         if (
             training.stop_below is not None
             and self.validation is not None
@@ -110,13 +145,13 @@ class Trainer:
             return Outcome.REACHED
         if self.step >= training.steps:
             return Outcome.FINISHED
-        return Outcome.INTERRUPTED if stop.number is not None else None
+        return Outcome.INTERRUPTED if asked else None
 
-    def _one_step(self, run: RunFolder, log: MetricsLog, progress: Progress) -> None:
+    def _one_step(self, run: RunFolder, log: Log, progress: Progress) -> None:
         """A batch, and what is due after it."""
         start = time.perf_counter()
         training = self.config.training
-        rate = float(self.schedule.get_last_lr()[0])
+        rate = float(self.schedules[0].get_last_lr()[0])
         level = self.curriculum.level(self.step)
         with nullcontext() if self.profile is None else self.profile.step():
             result = self._train_batch(level)
@@ -136,7 +171,7 @@ class Trainer:
             self._save(run, log)
 
     def _train_batch(self, level: int) -> BatchResult:
-        """One batch and the learning rate's step; RunError if it diverged."""
+        """One batch and the learning rate's step: means over the team. RunError if it diverged."""
         training = self.config.training
         with region("data"):
             batch = self.task.batch(self.step, level).to(self.device)
@@ -144,15 +179,17 @@ class Trainer:
             result = train_batch(
                 self.trained,
                 self.task,
-                self.optimiser,
+                self.optimisers,
                 batch,
                 training.truncate,
                 training.gradient_clip,
+                self.team,
             )
         except Diverged as error:
             raise self._diverged(f"{error} at step {self.step + 1} (level {level})") from None
-        self.schedule.step()
-        return result
+        for schedule in self.schedules:
+            schedule.step()
+        return BatchResult(*self.team.means(result))
 
     def _diverged(self, what: str) -> RunError:
         back = f"the last checkpoint is {self._saved[1]}" if self._saved else "no checkpoint yet"
@@ -171,8 +208,21 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _validate(self, log: MetricsLog, progress: Progress) -> bool:
+    def _validate(self, log: Log, progress: Progress) -> bool:
         """Evaluate on the validation split; True if it was never better."""
+        start = time.perf_counter()
+        loss, metric = self.team.told(self._evaluate(log, progress) if self.leads else (0.0, 0.0))
+        self.seconds += time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss} at step {self.step}")
+        self.validation = {"step": self.step, "metric": metric}
+        improved = self.best is None or metric < self.best["metric"]
+        if improved:
+            self.best = self.validation
+        return improved
+
+    def _evaluate(self, log: Log, progress: Progress) -> tuple[float, float]:
+        """Loss and metric on the validation split, which are recorded if they are finite."""
         start = time.perf_counter()
         wanted = self.config.evaluation
         assert wanted.level is not None  # resolved
@@ -183,47 +233,53 @@ class Trainer:
             level=wanted.level,
             batches=wanted.batches,
         )
-        self.seconds += time.perf_counter() - start
-        if not math.isfinite(result.loss):
-            raise self._diverged(f"the validation loss is {result.loss} at step {self.step}")
-        self.validation = {"step": self.step, "metric": result.metric}
-        log.write(
-            "validation",
-            self.step,
-            {
+        if math.isfinite(result.loss):
+            values = {
                 "loss": result.loss,
                 "metric": result.metric,
                 "level": float(result.level),
                 "touched": result.touched,
-                "seconds": self.seconds,
-            },
-        )
-        progress.say(f"step {self.step}: validation {result.line()}")
-        improved = self.best is None or result.metric < self.best["metric"]
-        if improved:
-            self.best = self.validation
-        return improved
+                "seconds": self.seconds + time.perf_counter() - start,
+            }
+            log.write("validation", self.step, values)
+            progress.say(f"step {self.step}: validation {result.line()}")
+        return result.loss, result.metric
 
     # Checkpoints ---------------------------------------------------------------------
 
-    def _save(self, run: RunFolder, log: MetricsLog) -> None:
+    def _save(self, run: RunFolder, log: Log) -> None:
         """Save the present step, unless that is done, and prune older checkpoints."""
         if self._saved is not None and self._saved[0] == self.step:
             return
         for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+            if bank_of(parameter) is None and not parameter.isfinite().all():
                 raise self._diverged(f"parameter {name} is not finite after step {self.step}")
-        log.sync()  # records up to here must outlive a crash if the checkpoint does
+        if self.leads:
+            log.sync()  # records up to here must outlive a crash if the checkpoint does
+            self.keeper.save(partial(self._write, run))
+            best = None if self.best is None else int(self.best["step"])
+            prune_checkpoints(run.checkpoints, self.config.training.keep_checkpoints, best)
+        self.team.told([float(self.step)])  # rows are not changed before they are saved
+        self._saved = self.step, checkpoint_path(run.checkpoints, self.step)
+
+    def _write(self, run: RunFolder, kept: Mapping[str, Any], fill: Fill | None = None) -> Path:
+        """Write the checkpoint of the present step, with what a keeper adds to it."""
         tensors, state = self.state()
-        self._saved = self.step, save_checkpoint(run.checkpoints, self.step, tensors, state)
-        best = None if self.best is None else int(self.best["step"])
-        prune_checkpoints(run.checkpoints, self.config.training.keep_checkpoints, best)
+        if state["bank"] is not None:
+            state["bank"] |= kept
+        return save_checkpoint(run.checkpoints, self.step, tensors, state, fill)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that later steps depend on: named tensors, and JSON values."""
-        optimiser, optimiser_values = optimiser_tensors(self.optimiser)
-        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{key}": value for key, value in optimiser.items()}
+        """Everything that later steps depend on but a bank's rows: named tensors, JSON values."""
+        saved = [optimiser_tensors(optimiser) for optimiser in self.optimisers.each]
+        model = dense_state(self.model, self.setup.bank)
+        tensors = {f"model.{key}": value for key, value in model.items()}
+        for name, (of_optimiser, _) in zip(("optimizer", "rows"), saved, strict=False):
+            tensors |= {f"{name}.{key}": value for key, value in of_optimiser.items()}
+        bank = None
+        if self.config.bank is not None:
+            values = {"name": self.config.bank.optimizer.name, **saved[1][1]}
+            bank = {"optimizer": values, "schedule": self.schedules[1].state_dict()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -231,8 +287,9 @@ class Trainer:
             "sparsemem": package_version(),
             "model": self.config.model.model_dump(),
             "task": {"name": self.config.task.name, "identity": self.task.identity},
-            "optimizer": {"name": self.config.training.optimizer.name, **optimiser_values},
-            "schedule": self.schedule.state_dict(),
+            "optimizer": {"name": self.config.training.optimizer.name, **saved[0][1]},
+            "schedule": self.schedules[0].state_dict(),
+            "bank": bank,
             "curriculum": self.curriculum.state_dict(),
             "sums": self.sums,
             "validation": self.validation,
@@ -246,10 +303,16 @@ class Trainer:
         random = checkpoint.part("random")
         if "cpu" not in random:
             raise CheckpointError(f"{path} lacks the random state 'random.cpu'")
-        load_model(self.setup, checkpoint)
+        load_model(self.setup, checkpoint, self.keeper)
         manifest = checkpoint.manifest
-        restore_optimiser(self.optimiser, checkpoint.part("optimizer"), manifest["optimizer"])
-        self.schedule.load_state_dict(manifest["schedule"])
+        saved = [(checkpoint.part("optimizer"), manifest)]
+        if manifest.get("bank") is not None:
+            saved.append((checkpoint.part("rows"), manifest["bank"]))
+        for optimiser, schedule, (tensors, values) in zip(
+            self.optimisers.each, self.schedules, saved, strict=True
+        ):
+            restore_optimiser(optimiser, tensors, values["optimizer"])
+            schedule.load_state_dict(values["schedule"])
         self.curriculum.load_state_dict(manifest["curriculum"])
         self.step = manifest["step"]
         self.sums, self.validation = manifest["sums"], manifest["validation"]
@@ -257,4 +320,5 @@ class Trainer:
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
+        self.team.told([float(self.step)])  # nobody reads rows before all have them again
         self._saved = self.step, path
