@@ -6,7 +6,7 @@ Letters as in `sparsemem.bank.bank`; S shards.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from sparsemem.distributed.transport import Transport
 from sparsemem.distributed.versions import Versioned
 from sparsemem.files import new_folder
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
-from sparsemem.optim.remote import RowStep
 
 
 class ShardedBank(Versioned):
@@ -298,23 +297,6 @@ class ShardedBank(Versioned):
         parts = self.placement.split(ids.flatten())
         return assembled(parts, self._ask_parts("tags_at", parts), ids.numel()).view(ids.shape)
 
-    def step_rows(self, steps: Sequence[RowStep]) -> None:
-        """Send an optimiser's step to the rows' owners: one call a shard."""
-        self._settle()
-        gradients = [self._to_send(step) for step in steps]
-        num_shards, valid = self.placement.num_shards, self._known.stepped()
-        each: list[list[RowStep]] = [[] for _ in range(num_shards)]
-        for step, gradient in zip(steps, gradients, strict=True):
-            for shard, part in enumerate(self.placement.split(step.ids)):
-                if len(part.local):
-                    mine, since = gradient[part.places], valid[shard]
-                    own = step._replace(ids=part.local, gradient=mine, since=since)
-                    each[shard].append(own)
-        alone = self.num_workers == 1
-        who = (self.worker, self.num_workers)
-        self.shards.ask("step", [None if alone and not mine else (mine, *who) for mine in each])
-        self._pushed = not alone
-
     def stats(self) -> dict[str, Any]:
         """Figures to watch: sums over the shards, `clock`, and `shards`, those of each.
 
@@ -335,6 +317,7 @@ class ShardedBank(Versioned):
 
     def still_trainable(self, ids: Int[Tensor, " n"], moment: Moment) -> Bool[Tensor, " n"]:
         """Which rows take gradients of what was read at a moment, now that it is held."""
+        self._factors.clear()  # what was pushed is not all of the gradient any more
         if self._known.is_as_at(moment):  # then all rows that were found do
             kept = ids >= 0
         else:

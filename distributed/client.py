@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.bank.gradients import without_rows
-from sparsemem.checks import check_at_most, check_finite, check_size
+from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.asking import Arguments
 from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.fetched import Known, Moment
@@ -26,7 +26,6 @@ from sparsemem.distributed.shard import ShardFound, Standing
 from sparsemem.distributed.transport import Transport
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.metrics import Metric
-from sparsemem.optim.remote import RowStep
 
 SETTLE_SECONDS = 0.0005  # between looks at whether a step has happened
 
@@ -59,7 +58,8 @@ class Client(Rowless):
         self.worker, self.num_workers, self.wire_dtype = worker, num_workers, wire_dtype
         self._batch = ""  # of the background, that is open
         self._known = Known(manifest.num_shards)
-        self._pushed = False  # a step that may wait for other workers
+        self._behind = 0  # own steps, at most, that wait for other workers
+        self._factors: dict[str, float] = {}  # by table: its gradient is with the owners
         self.clock: int = max(clock for _, clock in self._ask("standing", ()))
 
     def extra_repr(self) -> str:
@@ -75,14 +75,14 @@ class Client(Rowless):
         ShardError where one of them does not for as long as a shard may take to answer.
         """
         deadline = monotonic() + self.shards.timeout
-        while self._pushed:
-            self._pushed = not all(self.shards.ask("is_stepped", self._each((self.worker,))))
-            if self._pushed and monotonic() > deadline:
+        while self._behind:
+            self._behind = max(self.shards.ask("waiting", self._each((self.worker,))))
+            if self._behind and monotonic() > deadline:
                 raise ShardError(
                     f"worker {self.worker} has stepped, and the others of {self.num_workers} have"
                     f" not within {self.shards.timeout:g} seconds"
                 )
-            if self._pushed:
+            if self._behind:
                 sleep(SETTLE_SECONDS)
 
     def _tick(self) -> int:
@@ -134,21 +134,13 @@ class Client(Rowless):
         self._known.changed(clocks)
         self._hear(self._known.clocks)
 
-    def _to_send(self, step: RowStep) -> Tensor:
-        """A step's gradient as it goes over the wire; ValueError where that cannot hold it."""
-        gradient = step.gradient / self.num_workers if self.num_workers > 1 else step.gradient
-        if self.wire_dtype is None:
-            return gradient
-        narrow = gradient.to(self.wire_dtype)
-        check_finite(f"the gradient of {step.table} in {self.wire_dtype}", narrow)
-        return narrow
-
     def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
         """The best rows of all shards, an access of each; and what was known when they were found.
 
         First scores and ids, of which every shard sends K a query, then only the rows that are
         left. What another client changes between the two is seen as it is then.
         """
+        self._factors.clear()  # what was pushed belongs to a step that was not made
         parts: list[ShardFound] = self._ask("find", (queries, top_k, self._tick()))
         self._know(part.standing for part in parts)
         found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)

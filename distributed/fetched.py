@@ -78,10 +78,14 @@ class Known:
         if first or self._valid is None:  # else it is as old as the oldest
             self._valid = list(self.clocks)
 
-    def stepped(self) -> list[int]:
-        """Times at which the gradients of a step were valid; none is held from now on."""
-        valid, self._valid = self._valid, None
-        return list(self.clocks) if valid is None else valid
+    @property
+    def valid(self) -> list[int]:
+        """Times at which the gradients that are held were valid."""
+        return list(self.clocks if self._valid is None else self._valid)
+
+    def stepped(self) -> None:
+        """No gradient is held from now on."""
+        self._valid = None
 
 
 class FetchedRows(torch.autograd.Function):

@@ -20,6 +20,7 @@ from sparsemem.bank.errors import BankError
 from sparsemem.bank.journal import encode_tensors
 from sparsemem.checks import check_known
 from sparsemem.distributed.calls import Call, CallLog, from_arrays, to_arrays
+from sparsemem.distributed.pushes import Pushes
 from sparsemem.distributed.shard import ShardBank
 from sparsemem.files import write_synced
 from sparsemem.optim import RowAdagrad, RowAdam, RowAdamW, RowSGD
@@ -31,6 +32,7 @@ CHANGES = (
     "write_at",
     "remove_at",
     "freeze_at",
+    "push",
     "step",
     "select_rows",
     "end_background",
@@ -49,8 +51,10 @@ LOOKS = (
     "total_accesses",
     "candidates",
     "capacity",
-    "is_stepped",
+    "waiting",
+    "squared_norms",
 )
+OF_WORKERS = ("push", "waiting", "squared_norms")  # of what they have sent of a step
 OPTIMISERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowAdam, RowAdamW)}
 BANK, STATE = "bank", "state.safetensors"  # of a checkpoint
 
@@ -75,7 +79,7 @@ class ShardServer:
         self.bank, self._log = bank, log
         self._answers: dict[str, Answer] = {}
         self._optimisers: dict[str, RowOptimizer] = {}
-        self._pushed: dict[int, Sequence[RowStep]] = {}  # of a step, by worker
+        self._pushes = Pushes(bank)
         self._marks: list[tuple[Tensor, int]] = []  # accesses since the last call in the log
 
     def call(self, call: Call) -> Any:
@@ -83,10 +87,8 @@ class ShardServer:
         check_known("operation", call.operation, CHANGES + LOOKS)
         if call.operation in ("mark", "fetch"):
             self._marks.append(call.arguments[:3])
-        if call.operation == "is_stepped":
-            return call.arguments[0] not in self._pushed
         if call.operation in LOOKS:
-            return getattr(self.bank, call.operation)(*call.arguments)
+            return self._do(call)
         known = self._answers.get(call.client)
         if call.sequence == (1 if known is None else known.sequence + 1):
             self._write_down(call)
@@ -106,16 +108,12 @@ class ShardServer:
 
         They are added up in the order of the workers, whoever came first.
         """
-        self._pushed[worker] = steps
-        if len(self._pushed) < num_workers:
-            return
-        pushed, self._pushed = self._pushed, {}
         by_table: dict[str, list[RowStep]] = {}
-        for number in sorted(pushed):
-            for step in pushed[number]:
-                by_table.setdefault(step.table, []).append(self.bank.unwritten(step))
+        for step in self._pushes.step(steps, worker, num_workers):
+            by_table.setdefault(step.table, []).append(self.bank.unwritten(step))
         for name, parts in by_table.items():
-            self._step_table(name, parts)
+            if any(len(part.ids) for part in parts):
+                self._step_table(name, parts)
 
     def _step_table(self, name: str, parts: Sequence[RowStep]) -> None:
         table: Tensor = getattr(self.bank, name)
@@ -128,9 +126,7 @@ class ShardServer:
             table.grad = None
 
     def checkpoint(self, path: Path) -> None:
-        """Write all of it into a new folder. Not between the gradients of one step."""
-        if self._pushed:
-            raise BankError("a checkpoint cannot be made in the middle of an optimiser's step")
+        """Write all of it into a new folder."""
         self.bank.save(path / BANK)
         written = self.bank.book.written.nonzero().squeeze(1)
         state = {
@@ -141,6 +137,7 @@ class ShardServer:
             "optimisers": {
                 name: state_of(optimiser) for name, optimiser in self._optimisers.items()
             },
+            "pushes": self._pushes.state(),
         }
         write_synced(path / STATE, encode_tensors(to_arrays(state)))
 
@@ -159,8 +156,10 @@ class ShardServer:
             ids, times, server.bank.book.last_written = state["written"]
             server.bank.book.written.index_copy_(0, ids, times)
             server.bank.load_selection(*state["selection"])
-            for client, answer in state["answers"].items() if not gone_back else ():
-                server._answers[client] = Answer(*answer)
+            if not gone_back:
+                server._pushes.load(state["pushes"])
+                for client, answer in state["answers"].items():
+                    server._answers[client] = Answer(*answer)
             for name, saved in state["optimisers"].items():
                 server.load_optimiser(name, loadable(saved))
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
@@ -219,9 +218,8 @@ class ShardServer:
 
     def _change(self, call: Call) -> Answer:
         """Do it. What fails in the same way each time is an answer: a log has to be replayed."""
-        do = self.step if call.operation == "step" else getattr(self.bank, call.operation)
         try:
-            answer = Answer(call.sequence, do(*call.arguments), None)
+            answer = Answer(call.sequence, self._do(call), None)
         except ValueError as error:
             answer = Answer(call.sequence, None, str(error))
         except Exception as error:  # a call that is not as it should be, from another version, say
@@ -231,6 +229,11 @@ class ShardServer:
             answer = Answer(call.sequence, None, what)
         self._answers[call.client] = answer
         return answer
+
+    def _do(self, call: Call) -> Any:
+        owner: Any = self._pushes if call.operation in OF_WORKERS else self.bank
+        do = self.step if call.operation == "step" else getattr(owner, call.operation)
+        return do(*call.arguments)
 
     def optimisers(self) -> Iterator[tuple[str, RowOptimizer]]:
         """Those there are, by name: the class, " of ", and the table."""

@@ -7,7 +7,7 @@ Shape letters: Q queries, K rows a query, n rows of a call, W and V widths of ke
 from __future__ import annotations
 
 import time as times
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,11 +18,12 @@ from sparsemem.bank.book import FOREVER
 from sparsemem.bank.rows import FILLED_AT_ONCE, fill_normal, taken
 from sparsemem.bank.selection import Candidates, Tally
 from sparsemem.distributed.merging import Offer
-from sparsemem.optim.remote import RowStep
+from sparsemem.optim.remote import Push, RowStep
 
 NEVER_USED, REMOVED, LIVE = 0, 1, 2  # ranks of an offer
 
 
+OfRows = TypeVar("OfRows", Push, RowStep)
 Standing = tuple[int, int, bool]  # clock, `changes`, and whether some live rows take no gradient
 
 
@@ -232,12 +233,12 @@ class ShardBank(MemoryBank):
         with self.table.lock.read():
             return self.is_trainable(ids, since), self.standing
 
-    def unwritten(self, step: RowStep) -> RowStep:
-        """A step without the rows that were written since its gradient was known to be theirs."""
-        if self.book.last_written <= step.since:
-            return step
-        kept = self.book.written.index_select(0, step.ids) <= step.since
-        return step._replace(ids=step.ids[kept], gradient=step.gradient[kept])
+    def unwritten(self, part: OfRows) -> OfRows:
+        """Without the rows that were written since the gradient was known to be theirs."""
+        if self.book.last_written <= part.since:
+            return part
+        kept = self.book.written.index_select(0, part.ids) <= part.since
+        return part._replace(ids=part.ids[kept], gradient=part.gradient[kept])
 
     def _put(self, *arguments: Any, **options: Any) -> None:
         self.changes += 1

@@ -9,13 +9,13 @@ from typing import Any
 from sparsemem.bank import MemoryBank
 from sparsemem.bank.errors import BankError
 from sparsemem.bank.manifest import Arguments
-from sparsemem.distributed.client import Client
 from sparsemem.distributed.fetched import Known
 from sparsemem.distributed.home import Manifest, read_checkpoint, read_manifest, write_manifest
 from sparsemem.distributed.reshard import Whole, every, plain_bank
+from sparsemem.distributed.stepping import Stepping
 
 
-class Versioned(Client):
+class Versioned(Stepping):
     """A client that makes versions, and goes back to them."""
 
     @property
@@ -64,7 +64,8 @@ class Versioned(Client):
         self._ask("restore", ())
         self.clock = manifest.clock
         self._known = Known(self.placement.num_shards)
-        self._pushed = False
+        self._behind = 0
+        self._factors.clear()
 
     def _put_in_force(self, manifest: Manifest, **changed: Any) -> None:
         self._manifest = manifest.model_copy(update=changed)

@@ -176,11 +176,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             yield
 
     def _step_remote(self, changes: list[Change]) -> None:
-        """One call of each bank whose rows are elsewhere."""
-        for bank in {bank_of(change.parameter) for change in changes}:
+        """One call of each bank whose rows are elsewhere; of several workers all make it."""
+        parameters = [parameter for _, parameter, _ in self._named()]
+        for bank in dict.fromkeys(map(bank_of, parameters)):
             if isinstance(bank, RemoteBank):
                 own = [change for change in changes if bank_of(change.parameter) is bank]
-                bank.step_rows(steps_of(own, bank, type(self).__name__))
+                if own or bank.num_workers > 1:
+                    bank.step_rows(steps_of(own, bank, type(self).__name__))
 
     def _step_bank(self, change: Change, bank: MemoryBank) -> None:
         ids, gradient = change.ids, change.gradient
