@@ -8,6 +8,7 @@ of them, in which each image is named first and stored then.
 
     python examples/omniglot/omniglot.py                  # all of it
     python examples/omniglot/omniglot.py --encoder runs/omniglot/encoder.safetensors   # no training
+    python examples/omniglot/omniglot.py --shards 4       # both banks over 4 Ray processes
 
 Evaluation alphabets, mean and 95 % interval over 2,000 (20-way) and 400 (100-way) episodes, after
 6,000 steps (25 minutes on a core of a busy machine), seed 0:
@@ -24,7 +25,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Annotated, Any
 
 import torch
@@ -33,6 +37,7 @@ from characters import DATA, FILE, ROOT, Parts, load, turned
 from picture import draw
 from recognition import (
     Encoder,
+    MakeBank,
     Stream,
     best_threshold,
     by_sight,
@@ -44,17 +49,47 @@ from recognition import (
 )
 from safetensors.torch import load_model, save_model
 
+from sparsemem.bank import MemoryBank
+
 EPISODES = {20: 2000, 100: 400}  # by way
 SHOTS = (1, 5)
 WEIGHTS = "encoder.safetensors"
 
 
-def trained(parts: Parts, run: Path, steps: int, batch_size: int, seed: int) -> Encoder:
+@contextmanager
+def bank_maker(shards: int) -> Iterator[MakeBank]:
+    """What makes banks: in this process, or over Ray processes, which end with the block."""
+    if not shards:
+        yield MemoryBank
+        return
+    import ray
+
+    from sparsemem.distributed.bank import ShardedBank
+    from sparsemem.distributed.rayshards import RayShards
+
+    with TemporaryDirectory() as folder, ExitStack() as banks:
+        banks.callback(ray.shutdown)
+        ray.init(num_cpus=2 * shards, include_dashboard=False, log_to_driver=False)
+
+        def make(num_rows: int, width: int) -> ShardedBank:
+            place = Path(mkdtemp(dir=folder))
+            path = ShardedBank.create(place, num_rows, width, num_shards=shards)
+            bank = ShardedBank(path, RayShards.start(path))
+            banks.callback(bank.close)
+            return bank
+
+        yield make
+
+
+def trained(
+    parts: Parts, run: Path, steps: int, batch_size: int, seed: int, make_bank: MakeBank
+) -> Encoder:
     """A new encoder, saved in the run's folder with its curve."""
     torch.manual_seed(seed)
     encoder = Encoder()
     start = time.perf_counter()
-    curve = train(encoder, parts.training.images, steps=steps, batch_size=batch_size, seed=seed)
+    how = {"steps": steps, "batch_size": batch_size, "seed": seed, "make_bank": make_bank}
+    curve = train(encoder, parts.training.images, **how)
     minutes = (time.perf_counter() - start) / 60
     print(f"trained {steps:,} steps in {minutes:.1f} minutes: {curve[-1]}")
     run.mkdir(parents=True, exist_ok=True)
@@ -100,29 +135,44 @@ def main(
     episodes: Annotated[int | None, typer.Option(min=2, help="Of each kind.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    shards: Annotated[int, typer.Option(min=0, help="Of the banks; 0: in this process.")] = 0,
 ) -> None:
     """Train, evaluate, run the stream and draw."""
     torch.set_num_threads(threads)
     if not (data / FILE).is_file():
         raise typer.BadParameter(f"{data / FILE} does not exist", param_hint="--data")
-    parts = load(data)
-    if encoder is None:
-        network = trained(parts, run, steps, batch_size, seed)
-    else:
-        network = Encoder()
-        load_model(network, encoder)
-    counts = {way: episodes or count for way, count in EPISODES.items()}
+    with bank_maker(shards) as make_bank:
+        parts = load(data)
+        if encoder is None:
+            network = trained(parts, run, steps, batch_size, seed, make_bank)
+        else:
+            network = Encoder()
+            load_model(network, encoder)
+        counts = {way: episodes or count for way, count in EPISODES.items()}
+        results(parts, network, run, picture, counts, seed, make_bank)
+
+
+def results(
+    parts: Parts,
+    network: Encoder,
+    run: Path,
+    picture: Path,
+    counts: dict[int, int],
+    seed: int,
+    make_bank: MakeBank,
+) -> None:
+    """Figures of an encoder: few-shot episodes, the stream, and the picture of it."""
     validation, embedded = (embed(network, part.images) for part in parts[1:])
-    results: dict[str, Any] = {
+    found: dict[str, Any] = {
         "validation": evaluated("validation", validation, seed, counts),
         "evaluation": evaluated("evaluation", embedded, seed, counts),
     }
     # What is near enough to be known: chosen on a stream of about as many classes.
     threshold = best_threshold(stream(embed(network, turned(parts.validation.images)), seed))
-    seen = stream(embedded, seed)
-    results["stream"] = named(seen, threshold)
+    seen = stream(embedded, seed, make_bank)
+    found["stream"] = named(seen, threshold)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "results.json").write_text(json.dumps(results, indent=1))
+    (run / "results.json").write_text(json.dumps(found, indent=1))
     draw(picture, parts.evaluation.images, embedded, seen, threshold)
     print(f"picture: {picture}")
 

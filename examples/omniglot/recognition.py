@@ -6,6 +6,7 @@ Letters: C classes, D = 20 drawers of each, W width of an embedding, n images.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import trange
 
 from sparsemem.bank import MemoryBank
+from sparsemem.bank.contract import Bank
 from sparsemem.layers import LifelongMemory, neighbour_loss
 
 ROWS = 8192  # of the bank in training
@@ -26,6 +28,7 @@ CHANNELS = (24, 48, 96)
 WIDTH = 128
 QUERIES = 5  # a class and episode
 WINDOW = 0.02  # share of the newest step in the running averages
+MakeBank = Callable[[int, int], Bank]  # of so many rows, so wide
 
 
 class Residual(nn.Module):
@@ -72,7 +75,13 @@ def convolution(before: int, after: int) -> list[nn.Module]:
 
 
 def train(
-    encoder: Encoder, images: Tensor, *, steps: int, batch_size: int, seed: int
+    encoder: Encoder,
+    images: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    make_bank: MakeBank = MemoryBank,
 ) -> list[dict[str, float]]:
     """Train on images [C, D, 28, 28]; returns the curve.
 
@@ -80,7 +89,7 @@ def train(
     their class and from the others, and then the bank stores them.
     """
     images, generator = turned(images), torch.Generator().manual_seed(seed)
-    memory = LifelongMemory(MemoryBank(ROWS, encoder.width), TOP_K)
+    memory = LifelongMemory(make_bank(ROWS, encoder.width), TOP_K)
     optimiser = torch.optim.AdamW(encoder.parameters(), RATE, weight_decay=DECAY)
     schedule = LambdaLR(
         optimiser,
@@ -116,9 +125,11 @@ def embed(encoder: Encoder, images: Tensor) -> Tensor:
     return torch.cat(parts).view(*images.shape[:2], -1)
 
 
-def fresh_memory(num_rows: int, width: int, top_k: int = 1) -> LifelongMemory:
+def fresh_memory(
+    num_rows: int, width: int, top_k: int = 1, make_bank: MakeBank = MemoryBank
+) -> LifelongMemory:
     """A memory for an encoder that does not change any more: a row averages all its examples."""
-    return LifelongMemory(MemoryBank(num_rows, width), top_k, inertia=math.inf)
+    return LifelongMemory(make_bank(num_rows, width), top_k, inertia=math.inf)
 
 
 def episode(embedded: Tensor, way: int, shot: int, generator: torch.Generator) -> float:
@@ -156,19 +167,19 @@ class Stream(NamedTuple):
     rows: Tensor  # that the bank holds then
 
 
-def stream(embedded: Tensor, seed: int) -> Stream:
+def stream(embedded: Tensor, seed: int, make_bank: MakeBank = MemoryBank) -> Stream:
     """Show all images of [C, D, W] once, in random order, to one memory: predict, then store."""
     classes, drawers, width = embedded.shape
     order = torch.randperm(classes * drawers, generator=torch.Generator().manual_seed(seed))
     labels = order // drawers
-    memory = fresh_memory(len(order), width)
+    memory = fresh_memory(len(order), width, make_bank=make_bank)
     predicted, scores, rows = [], [], []
     for query, label in zip(embedded.flatten(0, 1)[order].split(1), labels.split(1), strict=True):
         recall = memory(query)
         memory.remember(query, label, recall)
         predicted.append(recall.labels[0, 0])
         scores.append(recall.scores[0, 0])
-        rows.append(memory.bank.table.num_live)
+        rows.append(memory.bank.stats()["num_live"])
     sight = torch.empty_like(labels)
     sight[labels.argsort(stable=True)] = torch.arange(1, drawers + 1).repeat(classes)
     return Stream(labels, sight, torch.stack(predicted), torch.stack(scores), torch.tensor(rows))

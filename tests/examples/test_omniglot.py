@@ -240,6 +240,20 @@ def test_the_whole_program(small_program, tmp_path, data_file):
     assert json.loads((tmp_path / "again" / "results.json").read_text()) == first
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_over_shards_it_comes_to_the_same(small_program, tmp_path, data_file):
+    found = []
+    for shards in (0, 2):
+        run = tmp_path / str(shards)
+        options = ("--data", data_file, "--picture", tmp_path / "picture.png", "--batch-size", 16)
+        result = invoke(small_program, *options, "--run", run, "--steps", 20, "--shards", shards)
+        assert result.exit_code == 0, result.output
+        curve = json.loads((run / "training.json").read_text())["curve"]
+        found.append((curve, json.loads((run / "results.json").read_text())))
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def data_file(tmp_path):
     """A folder in which the data seem to be."""
