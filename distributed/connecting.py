@@ -1,4 +1,4 @@
-"""A Ray cluster to run on: one that is started here and ends with this process, or one that is there."""
+"""A Ray cluster to run on: one that is started here, and ends with this process, or another."""
 
 from __future__ import annotations
 

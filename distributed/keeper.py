@@ -1,4 +1,4 @@
-"""Checkpoints of runs whose bank is sharded: each names the version of the bank that it goes with."""
+"""Checkpoints of runs over shards: each names the version of the bank that it goes with."""
 
 from __future__ import annotations
 

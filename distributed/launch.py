@@ -32,7 +32,7 @@ from sparsemem.files import replace_file
 from sparsemem.training.checkpoint import list_checkpoints
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, RunError
-from sparsemem.training.launch import check_same_run
+from sparsemem.training.launch import check_same_run, check_steps
 from sparsemem.training.run import RunFolder, claim_folder
 from sparsemem.training.setup import Setup
 from sparsemem.training.signals import stop_on_signal
@@ -80,6 +80,7 @@ def resume(
     As `sparsemem.training.launch.resume`; the number of workers may be another.
     """
     there = read_manifest(run.path / BANK).num_shards
+    check_steps(run, config, newest_step(run))
     if wanted.shards != there:
         raise ConfigError(
             f"--shards is {wanted.shards}, expected {there}, as the bank of {run.path} has"

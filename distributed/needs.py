@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sparsemem.bank import MemoryBank
 from sparsemem.distributed.cluster import Group, Resources, Wanted
 from sparsemem.indexes.factory import EXACT
 from sparsemem.training.banks import make_bank

@@ -57,7 +57,7 @@ class RayShards(Asking):
     def __init__(self, actors: Sequence[ActorHandle[Any]], timeout: float = 60.0) -> None:
         super().__init__(len(actors))
         self.traffic, self._is_owner = Traffic(), True
-        self._actors, self.timeout = list(actors), check_positive("timeout", timeout)
+        self.actors, self.timeout = list(actors), check_positive("timeout", timeout)
 
     @classmethod
     def start(
@@ -80,7 +80,7 @@ class RayShards(Asking):
 
     def another(self) -> RayShards:
         """For another client of the same shards; closing it ends none of them."""
-        other = RayShards(self._actors, self.timeout)
+        other = RayShards(self.actors, self.timeout)
         other._is_owner = False
         return other
 
@@ -92,28 +92,18 @@ class RayShards(Asking):
                 for shard in range(self.num_shards)
             ]
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS, fetch_local=False)
-            for actor in self._actors:
+            for actor in self.actors:
                 ray.kill(actor)
 
     def _exchange(self, calls: Calls, outcomes: Outcomes) -> None:
-        deadline = time.monotonic() + self.timeout
-        asked = {
-            shard: self.traffic.count_sent(sent(tuple(call)))
-            for shard, call in enumerate(calls)
-            if call is not None and shard not in outcomes
-        }
-        under_way = {shard: self._begin(shard, call) for shard, call in asked.items()}
-        failed: list[Exception] = []
-        for shard, call in asked.items():  # whatever one of them says, the others are heard
-            try:
-                outcomes[shard] = self._outcome(shard, call, under_way[shard], deadline)
-            except Exception as error:
-                failed.append(error)
-        if failed:
-            raise failed[0]
+        left = [None if shard in outcomes else call for shard, call in enumerate(calls)]
+        self._start(left).collect(outcomes)
+
+    def _start(self, calls: Calls) -> RayCalls:
+        return RayCalls(self, calls)
 
     def _begin(self, shard: int, call: Packed) -> Any:
-        return self._actors[shard].call.remote(call)
+        return self.actors[shard].call.remote(call)
 
     def _outcome(self, shard: int, call: Packed, under_way: Any, deadline: float) -> Any:
         """A shard's answer, or its ValueError."""
@@ -137,6 +127,40 @@ class RayShards(Asking):
                     raise ShardError(f"shard {shard} {what}: {reason(error)}") from None
             time.sleep(RETRY_SECONDS)
             under_way = self._begin(shard, call)
+
+
+class RayCalls:
+    """Calls of actors that are under way. An actor does those of one caller in their order."""
+
+    def __init__(self, shards: RayShards, calls: Calls) -> None:
+        self._shards = shards
+        self._asked = {
+            shard: shards.traffic.count_sent(sent(tuple(call)))
+            for shard, call in enumerate(calls)
+            if call is not None
+        }
+        self._answers = {shard: shards._begin(shard, call) for shard, call in self._asked.items()}
+
+    def is_done(self) -> bool:
+        """Whether each is answered, or failed."""
+        answers = list(self._answers.values())
+        if not answers:
+            return True
+        _, left = ray.wait(answers, num_returns=len(answers), timeout=0, fetch_local=False)
+        return not left
+
+    def collect(self, outcomes: Outcomes) -> None:
+        """Wait for the answers; a call whose shard is gone is made again until it is back."""
+        deadline = time.monotonic() + self._shards.timeout
+        failed: list[Exception] = []
+        for shard, call in self._asked.items():  # whatever one of them says, the others are heard
+            try:
+                answer = self._answers[shard]
+                outcomes[shard] = self._shards._outcome(shard, call, answer, deadline)
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
 def reason(error: RayActorError) -> str:

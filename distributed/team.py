@@ -1,7 +1,7 @@
 """A team of processes: members of a torch.distributed group, one a worker.
 
-Dense gradients are averaged by DistributedDataParallel; what the team agrees on is gathered from all
-and added up in the order of the members, so that it is the same number on each.
+Dense gradients are averaged by DistributedDataParallel; what the team agrees on is gathered from
+all and added up in the order of the members, so that it is the same number on each.
 """
 
 from __future__ import annotations

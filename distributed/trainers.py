@@ -1,4 +1,4 @@
-"""Ray Train: how a team of trainers is started, when it is started again, and when that is no use."""
+"""Ray Train: how a team of trainers is started, started again, and when that is no use."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import typer
 from sparsemem.bank import commands as bank_commands
 from sparsemem.bench import commands as bench_commands
 from sparsemem.console import user_errors
-from sparsemem.distributed import commands as sharded_commands
+from sparsemem.distributed import commands as sharded
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
@@ -37,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bank_commands.app.command()(sharded_commands.reshard)
+bank_commands.app.command()(sharded.reshard)
 app.add_typer(bank_commands.app, name="bank")
 app.add_typer(bench_commands.app, name="bench")
 
@@ -94,8 +94,14 @@ def train(
             " a trace for the browser.",
         ),
     ] = False,
+    shards: sharded.Shards = None,
+    workers: sharded.Workers = None,
+    address: sharded.Address = None,
 ) -> None:
-    """Train a model. Ctrl-C saves and leaves; --resume goes on as if nothing had happened."""
+    """Train a model. Ctrl-C saves and leaves; --resume goes on as if nothing had happened.
+
+    With --shards, --workers and --address over several processes or machines: docs/sharding.md.
+    """
     with _user_errors():
         if resume_ is not None:
             if run is not None:
@@ -105,13 +111,22 @@ def train(
             folder = RunFolder.open(resume_)
             changes = set_ or []
             wanted = load_config(config, changes) if config else folder.config(changes)
-            outcome = resume(folder, wanted, _say, profiled=profile)
+            spread = sharded.wanted(shards, workers, address, folder)
+            if spread is None:
+                outcome = resume(folder, wanted, _say, profiled=profile)
+            else:
+                outcome = sharded.resume(folder, wanted, spread, _say, profiled=profile)
         elif config is None:
             raise UserError("expected CONFIG.yaml to train, or --resume RUN to go on with a run")
         else:
+            spread = sharded.wanted(shards, workers, address)
             checked = load_config(config, set_ or [])
             path = run or Path("runs") / config.stem
-            folder, outcome = start(checked, path, _say, numbered=run is None, profiled=profile)
+            options = {"numbered": run is None, "profiled": profile}
+            if spread is None:
+                folder, outcome = start(checked, path, _say, **options)
+            else:
+                folder, outcome = sharded.start(checked, path, spread, _say, **options)
         _report(folder, outcome)
     if outcome is Outcome.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
@@ -146,7 +161,8 @@ def eval_(
     """Evaluate a run; `--set evaluation.level=20` asks for longer sequences than in training."""
     with _user_errors():
         folder, config = _open(run, set_)
-        result, step = evaluate_run(folder, config, checkpoint.value, split.value)
+        rows = sharded.keeper_for(folder)
+        result, step = evaluate_run(folder, config, checkpoint.value, split.value, rows)
         for line in _table(result, step):
             typer.echo(line)
         folder.write_evaluation({"step": step, "checkpoint": checkpoint.value, **result._asdict()})
@@ -163,7 +179,7 @@ def plot(run: RunArgument, set_: Set = None, checkpoint: Checkpoint = Which.best
             raise UserError(
                 f"plot needs {error.name}, which is not installed: pip install 'sparsemem[viz]'"
             ) from None
-        setup, _ = load_run(folder, config, checkpoint.value)
+        setup, _ = load_run(folder, config, checkpoint.value, sharded.keeper_for(folder))
         for path in plots.plot_run(folder, setup):
             typer.echo(str(path))
 

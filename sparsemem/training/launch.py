@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsemem.training.banks import check_bank_section, make_bank
+from sparsemem.bank.contract import Bank
+from sparsemem.training.banks import Keeper, check_bank_section, keeper_of, make_bank
 from sparsemem.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, DamagedError
@@ -23,6 +24,8 @@ from sparsemem.training.setup import (
     prepare,
 )
 from sparsemem.training.trainer import Outcome, Trainer
+
+KeeperFor = Callable[[Bank | None], Keeper]
 
 # What may change between the parts of a run. Anything else would make it another run.
 RESUME_MAY_CHANGE = {
@@ -78,11 +81,7 @@ def resume(
     with run.lock():
         with _older_checkpoint_named(run):
             trainer.restore(run.newest_checkpoint())
-        if trainer.step > config.training.steps:
-            raise ConfigError(
-                f"training.steps is {config.training.steps}, expected at least {trainer.step},"
-                f" the steps that run {run.path} has done"
-            )
+        check_steps(run, config, trainer.step)
         run.cut_metrics(trainer.step)
         run.write_config(setup.config)
         announce(f"run {run.path}, going on from step {trainer.step}")
@@ -107,6 +106,15 @@ def _trainer(setup: Setup) -> Trainer:
     if setup.config.training.evaluate_every is not None:
         check_split(setup, "validation")
     return Trainer(setup)
+
+
+def check_steps(run: RunFolder, config: Config, done: int) -> None:
+    """ConfigError if a run has done more steps than there are to be."""
+    if done > config.training.steps:
+        raise ConfigError(
+            f"training.steps is {config.training.steps}, expected at least {done}, the steps that"
+            f" run {run.path} has done"
+        )
 
 
 def check_same_run(run: RunFolder, config: Config) -> None:
@@ -141,24 +149,31 @@ def _value(tree: Any, path: str) -> Any:
     return tree
 
 
-def load_run(run: RunFolder, config: Config, which: str = "best") -> tuple[Setup, int]:
+def load_run(
+    run: RunFolder, config: Config, which: str = "best", keeper_for: KeeperFor = keeper_of
+) -> tuple[Setup, int]:
     """What a run's config names, with the parameters of its best or last checkpoint, and its step.
 
     `config` may differ from the run's own in anything that leaves the parameters' shapes.
+    keeper_for: who has the rows of its checkpoints; by default they are in the checkpoints.
     """
     setup = prepare_blank(config)
     with _older_checkpoint_named(run):
         path = run.best_checkpoint() if which == "best" else run.newest_checkpoint()
         checkpoint = load_checkpoint(path)
-    load_model(setup, checkpoint)
+    load_model(setup, checkpoint, keeper_for(setup.bank))
     return setup, int(checkpoint.manifest["step"])
 
 
 def evaluate_run(
-    run: RunFolder, config: Config, which: str = "best", split: str = "test"
+    run: RunFolder,
+    config: Config,
+    which: str = "best",
+    split: str = "test",
+    keeper_for: KeeperFor = keeper_of,
 ) -> tuple[Result, int]:
-    """Evaluate a run's checkpoint; returns the result and the checkpoint's step."""
-    setup, step = load_run(run, config, which)
+    """Evaluate a run's checkpoint; returns the result and the checkpoint's step. As `load_run`."""
+    setup, step = load_run(run, config, which, keeper_for)
     check_split(setup, split)
     wanted = setup.config.evaluation
     assert wanted.level is not None  # resolved
