@@ -22,9 +22,11 @@ from sparsemem.distributed.home import read_manifest
 from sparsemem.distributed.merging import Fetched, assembled, merged
 from sparsemem.distributed.placement import Part
 from sparsemem.distributed.rowless import Rowless
-from sparsemem.distributed.shard import ShardFound, Standing
+from sparsemem.distributed.shard import Counted, ShardFound, Standing
+from sparsemem.distributed.traffic import COUNTED
 from sparsemem.distributed.transport import Transport
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.factory import EXACT
 from sparsemem.indexes.metrics import Metric
 
 SETTLE_SECONDS = 0.0005  # between looks at whether a step has happened
@@ -58,6 +60,7 @@ class Client(Rowless):
         self.worker, self.num_workers, self.wire_dtype = worker, num_workers, wire_dtype
         self._batch = ""  # of the background, that is open
         self._known = Known(manifest.num_shards)
+        self._reads = 0
         self._behind = 0  # own steps, at most, that wait for other workers
         self._factors: dict[str, float] = {}  # by table: its gradient is with the owners
         self.clock: int = max(clock for _, clock in self._ask("standing", ()))
@@ -134,6 +137,15 @@ class Client(Rowless):
         self._known.changed(clocks)
         self._hear(self._known.clocks)
 
+    def _counted(self, queries: Tensor, found: Found) -> Counted | None:
+        """Some of a read's queries, for the shards to measure their share of the recall."""
+        if self._manifest.arguments["index"] == EXACT:
+            return None
+        step = -(-len(queries) // COUNTED) or 1
+        some = slice(self._reads % step, None, step)  # wandering, so that no place is preferred
+        self._reads += 1
+        return Counted(queries[some], found.ids.shape[1], found.scores[some, -1])
+
     def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
         """The best rows of all shards, an access of each; and what was known when they were found.
 
@@ -145,7 +157,7 @@ class Client(Rowless):
         self._know(part.standing for part in parts)
         found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
         owners = self.placement.split(found.ids.flatten())
-        more = self.clock, self._batch, bool(self.wire_dtype)
+        more = self.clock, self._batch, bool(self.wire_dtype), self._counted(queries, found)
         each = [(part.local, *more) if len(part.local) else None for part in owners]
         sent = self.shards.ask("fetch", each)
         shape, tables = found.ids.shape, []

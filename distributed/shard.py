@@ -27,6 +27,14 @@ OfRows = TypeVar("OfRows", Push, RowStep)
 Standing = tuple[int, int, bool]  # clock, `changes`, and whether some live rows take no gradient
 
 
+class Counted(NamedTuple):
+    """Queries, k, and the worst score of each that is among the k best of all shards."""
+
+    queries: Float[Tensor, "q W"]
+    k: int
+    worst: Float[Tensor, " q"]
+
+
 class ShardFound(NamedTuple):
     """What one shard found. Rows are sent once it is known which: see `ShardBank.fetch`."""
 
@@ -80,13 +88,19 @@ class ShardBank(MemoryBank):
             return ShardFound(*found, self.standing)
 
     def fetch(
-        self, ids: Int[Tensor, " n"], time: int, batch: str, narrow: bool
+        self, ids: Int[Tensor, " n"], time: int, batch: str, narrow: bool, counted: Counted | None
     ) -> list[Float[Tensor, "n W"]]:
         """What rows hold, table by table; an access of each, as `mark` counts it.
 
-        They come in the tables' dtype. narrow: in float16, where that is less.
+        They come in the tables' dtype.
+
+        Args:
+            narrow: in float16, where that is less.
+            counted: some queries of the read, for the index to be tuned for: see `Index.tell`.
         """
         self.mark(ids, time, batch)
+        if counted is not None:
+            self.index.tell(*counted)
         dtype = torch.float16 if narrow and self.keys.itemsize > 2 else self.keys.dtype
         with self.table.lock.read():
             return [taken(table.data, ids, dtype) for table in self.tables]

@@ -14,7 +14,8 @@ ID_BYTES = 8
 SCORE_BYTES = 4
 # What describes a call or an answer beside its arrays, measured; of "step" and "fetched" a table.
 # It depends on the lengths of numbers and of an optimiser's options, a little.
-FRAMES = {"find": 100, "fetch": 105, "step": 300, "found": 115, "fetched": 60}
+FRAMES = {"find": 100, "fetch": 105, "counted": 60, "step": 300, "found": 115, "fetched": 60}
+COUNTED = 16  # queries of a read, at most, of which shards are told what counted
 
 
 class Traffic:
@@ -61,6 +62,7 @@ def wire_bytes(
     distinct: int | None = None,
     row_bytes: int = 4,
     gradient_bytes: int = 4,
+    exact: bool = False,
 ) -> StepBytes:
     """Bytes of one training step: a read, and the row optimiser's step of what was read.
 
@@ -76,6 +78,7 @@ def wire_bytes(
         distinct: distinct rows that are read; None: Q K, the most there can be.
         row_bytes: of a number in a row as it is sent: of the tables' dtype, or 2.
         gradient_bytes: of a number of a gradient as it is sent: 4, or 2 on a narrow wire.
+        exact: the shards search exactly; else they are told what of some queries counted.
     """
     numbers = width + (value_width or 0)
     tables = 1 if value_width is None else 2
@@ -83,6 +86,9 @@ def wire_bytes(
     rows = read if distinct is None else distinct
     find = num_shards * (FRAMES["find"] + queries * width * 4)
     fetch = num_shards * FRAMES["fetch"] + read * ID_BYTES
+    if not exact:
+        counted = -(-queries // -(-queries // COUNTED)) * (width + 1)
+        fetch += num_shards * (FRAMES["counted"] + counted * SCORE_BYTES)
     step = num_shards * FRAMES["step"] * tables
     step += rows * (numbers * gradient_bytes + tables * ID_BYTES)
     found = num_shards * (FRAMES["found"] + read * (ID_BYTES + SCORE_BYTES))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sparsemem.distributed.merging import Offer
-from sparsemem.distributed.shard import ShardFound
+from sparsemem.distributed.shard import Counted, ShardFound
 from sparsemem.optim.remote import Push, RowStep
 
-RECORDS = {record.__name__: record for record in (Offer, ShardFound, Push, RowStep)}
+RECORDS = {record.__name__: record for record in (Counted, Offer, ShardFound, Push, RowStep)}
 Array = Any  # numpy's; an array of any shape and dtype
 PLAIN = (bool, int, float, str, type(None))
 # What numpy has no dtype for goes as integers of that size.

@@ -85,6 +85,14 @@ class Index(ABC):
             "error": None,
         }
 
+    def tell(  # noqa: B027 (most have nothing to tune)
+        self, queries: Float[Tensor, "q W"], k: int, counts: Float[Tensor, " q"]
+    ) -> None:
+        """Be told which of the k results of searches counted: those as good as `counts` or better.
+
+        For an index over a part of the rows, whose results are merged with those of others.
+        """
+
     def close(self) -> None:  # noqa: B027 (most have nothing to stop)
         """Stop what runs in the background. The index can still be searched."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.checks import check_fraction, check_size
@@ -103,6 +103,19 @@ class FreshIndex(Index):
                 derived.forget(rows)
         self.upkeep.changed(len(rows))
 
+    def tell(self, queries: Float[Tensor, "q W"], k: int, counts: Float[Tensor, " q"]) -> None:
+        """Be told which of the k results of searches counted: those as good as `counts` or better.
+
+        From then on recall is measured, and held, on what counts of such queries: that of results
+        merged from several indices is the mean of theirs, each row of the result counted once.
+        """
+        with self.table.lock.read():
+            derived = self.current
+            if derived is not None and not self._is_scan(queries):
+                first = not self.sample.is_told
+                self.sample.tell(queries, k, counts)
+                self.upkeep.told(derived, queries, k, counts, first)
+
     def derive(self) -> Derivation:
         """A new index of this name, empty."""
         if self.engine is None:
@@ -196,10 +209,13 @@ class FreshIndex(Index):
     def _scores(self, queries: Tensor, ids: Tensor) -> Tensor:
         return self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
 
+    def _is_scan(self, queries: Tensor) -> bool:
+        few = self.table.num_live < self.exact_below or not len(queries)
+        return self.current is None or few or not self.current.holds
+
     def _search(self, queries: Tensor, k: int) -> Found:
         derived = self.current
-        few = self.table.num_live < self.exact_below or not len(queries)
-        if derived is None or few or not derived.holds:
+        if derived is None or self._is_scan(queries):
             return self.exact._search(queries, k)
         self.sample.add(queries, k)
         found = self.found(derived, queries, k)

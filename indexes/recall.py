@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import Found
+from sparsemem.indexes.base import MISSING, Found
 from sparsemem.indexes.derived import Setting, ladder
 from sparsemem.indexes.metrics import Metric
 
@@ -22,14 +23,26 @@ WATCHED = 6  # times that some queries' agreement is averaged
 PLATEAU = 0.002  # a rise of recall that is not worth looking harder
 
 
+class Sampled(NamedTuple):
+    """Queries of a sample, and the worst score of each that counts (None: all that it found)."""
+
+    queries: Float[Tensor, "n W"]
+    counts: Float[Tensor, " n"] | None
+
+
 class QuerySample:
-    """The latest queries, some of each batch, and the k that they asked for."""
+    """The latest queries, some of each batch, and the k that they asked for.
+
+    Once it is told which results of a query counted, it keeps only queries of which it is told.
+    """
 
     def __init__(self, like: Tensor, width: int, dtype: torch.dtype) -> None:
         self._rows = torch.zeros(SAMPLE, width, dtype=dtype, device=like.device)
+        self._counts = torch.zeros(SAMPLE, dtype=dtype, device=like.device)
         self._asked = [0] * SAMPLE  # the k of each
         self._lock = threading.Lock()  # readers search side by side
         self.seen = 0  # queries, all of them
+        self.is_told = False  # which results count
         self._batches = self._kept = 0
 
     def __len__(self) -> int:
@@ -43,35 +56,62 @@ class QuerySample:
     def add(self, queries: Tensor, k: int) -> None:
         """Keep a few of a batch of queries, and more as long as there is room."""
         with self._lock:
-            many = max(OF_A_BATCH, SAMPLE - self._kept)
-            # A wandering offset, so that no place in the batch is preferred.
-            step = max(1, -(-len(queries) // many))
-            some = queries[self._batches % step :: step]
-            place = self._kept % SAMPLE
-            room = SAMPLE - place  # slices: a list of places would be copied to the device
-            self._rows[place : place + len(some)] = some[:room]
-            self._rows[: max(0, len(some) - room)] = some[room:]
-            for number in range(self._kept, self._kept + len(some)):
-                self._asked[number % SAMPLE] = k
-            self._kept += len(some)
             self.seen += len(queries)
-            self._batches += 1
+            if not self.is_told:
+                self._keep(queries, k, None)
 
-    def queries(self) -> Tensor:
-        """A copy of the sample [n, W]; empty while there is none."""
+    def tell(self, queries: Tensor, k: int, counts: Tensor) -> None:
+        """Keep a few, or more, of queries that were searched, with the worst scores that count."""
         with self._lock:
-            return self._rows[: len(self)].clone()
+            if not self.is_told:
+                self.is_told, self._kept, self._asked = True, 0, [0] * SAMPLE
+            self._keep(queries, k, counts)
+
+    def queries(self) -> Sampled:
+        """A copy of the sample; empty while there is none."""
+        with self._lock:
+            counts = self._counts[: len(self)].clone() if self.is_told else None
+            return Sampled(self._rows[: len(self)].clone(), counts)
+
+    def _keep(self, queries: Tensor, k: int, counts: Tensor | None) -> None:
+        many = max(OF_A_BATCH, SAMPLE - self._kept)
+        # A wandering offset, so that no place in the batch is preferred.
+        step = max(1, -(-len(queries) // many))
+        some = slice(self._batches % step, None, step)
+        self._enter(self._rows, queries[some])
+        if counts is not None:
+            self._enter(self._counts, counts[some])
+        kept = self._kept + len(queries[some])
+        for number in range(self._kept, kept):
+            self._asked[number % SAMPLE] = k
+        self._kept = kept
+        self._batches += 1
+
+    def _enter(self, column: Tensor, new: Tensor) -> None:
+        place = self._kept % SAMPLE
+        room = SAMPLE - place  # slices: a list of places would be copied to the device
+        column[place : place + len(new)] = new[:room]
+        column[: max(0, len(new) - room)] = new[room:]
 
 
-def recall(found: Found, truth: Found, metric: Metric) -> float:
-    """Share of the true neighbours that were found, ties with the last one counting as true."""
+def recall(
+    found: Found, truth: Found, metric: Metric, counts: Float[Tensor, " n"] | None = None
+) -> float:
+    """Share of the true neighbours that were found, ties with the last one counting as true.
+
+    counts: the worst score of each query that counts, beside the best one, which always does (so
+    that there is something to measure where few count); None: all do.
+    """
     there = truth.ids >= 0
+    if counts is not None:
+        there[:, 1:] &= metric.sign * truth.scores[:, 1:] >= metric.sign * counts.unsqueeze(1)
     if not there.any():
         return 1.0
     worst = truth.scores.masked_fill(~there, torch.inf * metric.sign)
     worst = worst.amin(1, keepdim=True) if metric.sign > 0 else worst.amax(1, keepdim=True)
     good = metric.sign * found.scores >= metric.sign * worst
-    good |= among(found.ids, truth.ids)  # whose scores another kernel may have rounded otherwise
+    true = truth.ids.masked_fill(~there, MISSING)
+    good |= among(found.ids, true)  # whose scores another kernel may have rounded otherwise
     good &= found.ids >= 0
     hits = torch.minimum(good.sum(1), there.sum(1))
     return int(hits.sum()) / int(there.sum())

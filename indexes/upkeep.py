@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.derived import Abandoned, Derivation, Setting
-from sparsemem.indexes.recall import SAMPLE, Watch, harder, recall, tune
+from sparsemem.indexes.recall import SAMPLE, Sampled, Watch, harder, recall, tune
 from sparsemem.indexes.worker import Worker, stand_back
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ CHECK_ROWS = 4_096  # after so many changed rows, or a hundredth of all, recall 
 WATCH_EVERY, WATCH_QUERIES = 2_048, 64
 WATCH_ROWS, WATCH_SHARE = 512, 1 / 250
 WATCHED_AT_ONCE = 4  # of these
+TOLD_AT_ONCE = 8  # of those of which it was told what counts: a part of their results
 HARDER = 8  # times the effort that the watch compares with
 RESTING = 2  # in the background, a check rests for so many times as long as it took
 # Before what failed is tried again: seconds in the background; else, so that the same calls do
@@ -96,13 +97,29 @@ class Upkeep:
 
     def searched(self, derived: Derivation, queries: Tensor, found: Found) -> None:
         """A search has ended, under the table's read lock."""
-        self._watch_agreement(derived, queries, found)
+        if not self.index.sample.is_told and self._watch_due(derived, len(queries)):
+            step = max(1, len(queries) // WATCHED_AT_ONCE)
+            some = slice(self._watches % step, None, step)
+            known = Found(found.scores[some], found.ids[some])
+            self._watch_agreement(derived, queries[some], known)
         if not self._check_now():
             return
         if self._worker is None:
             self._guarded("check", self._check_if_due)
         else:
             self._worker.wake()
+
+    def told(
+        self, derived: Derivation, queries: Tensor, k: int, counts: Tensor, first: bool
+    ) -> None:
+        """What counted of the results of some queries: see `FreshIndex.tell`.
+
+        first: it is known only now that not all of them do: the search may look less hard.
+        """
+        self._settled_live = self._settled_live and not first
+        if self._watch_due(derived, len(queries)):
+            some, counts = queries[:TOLD_AT_ONCE], counts[:TOLD_AT_ONCE]
+            self._watch_agreement(derived, some, self.index.found(derived, some, k), counts)
 
     def maintain(self) -> None:
         """Do what is due: called by the background thread."""
@@ -177,25 +194,26 @@ class Upkeep:
 
     # Measuring and tuning
 
-    def _watch_agreement(self, derived: Derivation, queries: Tensor, found: Found) -> None:
-        """Have the index search some queries harder now and then, more often while rows drift."""
-        self._unwatched += len(queries)
+    def _watch_due(self, derived: Derivation, count: int) -> bool:
+        """Whether, after so many queries more, it is time: more often while rows drift."""
+        self._unwatched += count
         rows = max(WATCH_ROWS, int(WATCH_SHARE * self.index.table.num_live))
         drifting = derived.buffer.marked - self._watched_at >= rows
         every = WATCH_QUERIES * derived.stride if drifting else WATCH_EVERY
         if self.index.min_recall is None or self._unwatched < every:
-            return
+            return False
         self._unwatched, self._watched_at = 0, derived.buffer.marked
-        setting, limit = derived.setting, derived.knob.limit
-        if setting.effort >= limit:
-            return
         self._watches += 1
-        step = max(1, len(queries) // WATCHED_AT_ONCE)
-        some = slice(self._watches % step, None, step)
-        known = Found(found.scores[some], found.ids[some])
+        return derived.setting.effort < derived.knob.limit
+
+    def _watch_agreement(
+        self, derived: Derivation, queries: Tensor, known: Found, counts: Tensor | None = None
+    ) -> None:
+        """Have the index search some queries harder, and look harder from now on if that helps."""
+        setting, limit = derived.setting, derived.knob.limit
         much = setting._replace(effort=min(HARDER * setting.effort, limit))
-        truth = self.index.deeper(derived, queries[some], known, much)
-        agreement = recall(known, truth, self.index.metric)
+        truth = self.index.deeper(derived, queries, known, much)
+        agreement = recall(known, truth, self.index.metric, counts)
         mean = self._watch.add(agreement, self._floor(ALARM))
         if mean is not None:
             derived.setting = harder(setting, limit, 1 if mean >= self._floor(0.0) else 2)
@@ -214,21 +232,21 @@ class Upkeep:
 
     def _check_if_due(self) -> None:
         """Measure the recall on live queries; look harder where it comes near the floor."""
-        index, derived, queries = self.index, self.index.current, self.index.sample.queries()
+        index, derived, sample = self.index, self.index.current, self.index.sample.queries()
         if derived is None or not self._check_due():
             return
         self._changes, self._checked_queries, alarms = 0, index.sample.seen, self._watch.alarms
         self._imbalance = derived.imbalance()
-        if not len(queries):
+        if not len(sample.queries):
             return
         new = not self._settled_live or index.sample.k > self._tuned_k
         self._tuned_k = index.sample.k
-        truth, setting = self._truth(queries), derived.setting
-        reached = self._measured(derived, setting, queries, truth)
+        truth, setting = self._truth(sample), derived.setting
+        reached = self._measured(derived, setting, sample, truth)
         if index.min_recall is not None:
             eased = reached > self._floor(EASY) and setting.effort > 1
             if reached < self._floor(ALARM) or eased or new:
-                setting, reached = self._tuned(derived, queries, truth, TARGET)
+                setting, reached = self._tuned(derived, sample, truth, TARGET)
         with index.table.lock.read():  # a swap may have come between: then it is about nothing
             if index.current is not derived:
                 return
@@ -243,10 +261,10 @@ class Upkeep:
         return self.index.min_recall + part * (1 - self.index.min_recall)
 
     def _tuned(
-        self, derived: Derivation, queries: Tensor, truth: Found, target: float
+        self, derived: Derivation, sample: Sampled, truth: Found, target: float
     ) -> tuple[Setting, float]:
         return tune(
-            lambda setting: self._measured(derived, setting, queries, truth),
+            lambda setting: self._measured(derived, setting, sample, truth),
             derived.start,
             derived.knob.limit,
             self._floor(target),
@@ -263,21 +281,21 @@ class Upkeep:
             )
         derived.holds = held
 
-    def _truth(self, queries: Tensor) -> Found:
+    def _truth(self, sample: Sampled) -> Found:
         # Without the lock, which a scan would hold for long: a row that changes meanwhile is
         # one among many.
-        return self.index.exact._search(queries, self.index.sample.k)
+        return self.index.exact._search(sample.queries, self.index.sample.k)
 
     def _measured(
-        self, derived: Derivation, setting: Setting, queries: Tensor, truth: Found
+        self, derived: Derivation, setting: Setting, sample: Sampled, truth: Found
     ) -> float:
         parts = []
         many = MEASURED_AT_ONCE * derived.stride
-        for some in torch.split(queries, many):
+        for some in torch.split(sample.queries, many):
             with self.index.table.lock.read():
                 parts.append(self.index.found(derived, some, self.index.sample.k, setting))
         found = Found(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        return recall(found, truth, self.index.metric)
+        return recall(found, truth, self.index.metric, sample.counts)
 
     # Building
 
@@ -334,14 +352,15 @@ class Upkeep:
         index = self.index
         if index.min_recall is None:
             return
-        queries, target = index.sample.queries(), TARGET
-        self._settled_live = len(queries) > 0
+        sample, target = index.sample.queries(), TARGET
+        self._settled_live = len(sample.queries) > 0
         if not self._settled_live:
             target = CAUTIOUS
             live = index.table.live_ids()
-            queries = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
+            rows = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
+            sample = Sampled(rows, None)
         self._tuned_k = index.sample.k
-        self._settle(derived, *self._tuned(derived, queries, self._truth(queries), target))
+        self._settle(derived, *self._tuned(derived, sample, self._truth(sample), target))
 
     def _waits_after_failure(self) -> bool:
         if self._worker is not None:

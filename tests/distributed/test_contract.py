@@ -349,11 +349,12 @@ def test_who_has_stepped_reads_on_once_all_have():
 
 
 @pytest.mark.parametrize(
-    ("num_shards", "value_width", "narrow"), [(1, None, 0), (4, 32, 0), (4, 8, 1)]
+    ("num_shards", "value_width", "narrow", "index"),
+    [(1, None, 0, "exact"), (4, 32, 0, "exact"), (4, 8, 1, "exact"), (4, 8, 0, "IVF4,Flat")],
 )
-def test_bytes_on_the_wire_are_what_the_formula_says(num_shards, value_width, narrow):
+def test_bytes_on_the_wire_are_what_the_formula_says(num_shards, value_width, narrow, index):
     wire_dtype = torch.float16 if narrow else None
-    bank = sharded(num_shards, 400, 16, value_width, wire_dtype=wire_dtype)
+    bank = sharded(num_shards, 400, 16, value_width, index=index, wire_dtype=wire_dtype)
     bank.append(rows_of(400, 16), None if value_width is None else rows_of(400, value_width))
     optimiser = RowAdam(bank.tables, lr=0.1)
     bank.shards.traffic = traffic = Traffic()
@@ -361,6 +362,7 @@ def test_bytes_on_the_wire_are_what_the_formula_says(num_shards, value_width, na
     (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum().backward()
     optimiser.step()
     number = {"row_bytes": 2, "gradient_bytes": 2} if narrow else {}
+    number["exact"] = index == "exact"
     distinct = len(torch.unique(hit.ids))
     predicted = wire_bytes(num_shards, 64, 8, 16, value_width, distinct=distinct, **number)
     assert traffic.sent == pytest.approx(predicted.sent, rel=0.1)

@@ -42,6 +42,20 @@ def test_recall_of_distances_and_of_missing_rows():
     assert recall(nothing, nothing, Metric.l2) == 1.0
 
 
+def test_recall_of_what_counts():
+    truth = found([[0.9, 0.8, 0.7], [0.5, 0.4, 0.3]], [[1, 2, 3], [4, 5, 6]])
+    other = found([[0.9, 0.7, 0.6], [0.4, 0.3, 0.2]], [[1, 3, 7], [5, 6, 9]])
+    counts = torch.tensor([0.8, 0.6])  # two of the first query's; of the second's the best alone
+    assert recall(other, truth, Metric.cosine) == 4 / 6
+    assert recall(other, truth, Metric.cosine, counts) == 1 / 3
+    assert recall(other, truth, Metric.cosine, torch.full((2,), -torch.inf)) == 4 / 6
+    assert recall(truth, truth, Metric.cosine, counts) == 1.0
+    near = found([[1.0, 2.0], [3.0, torch.inf]], [[1, 2], [3, -1]])
+    far = found([[1.0, 5.0], [4.0, torch.inf]], [[1, 9], [8, -1]])
+    assert recall(far, near, Metric.l2, torch.tensor([1.5, 9.0])) == 1 / 2
+    assert recall(far, near, Metric.l2, torch.tensor([2.0, 9.0])) == 1 / 3
+
+
 def test_the_ladder_climbs_to_its_limit():
     assert ladder(16) == [1, 2, 3, 4, 6, 8, 12, 16]
     assert ladder(1) == [1]
@@ -71,10 +85,10 @@ def test_tune_asks_for_more_candidates_where_looking_harder_does_not_help():
 
 def test_the_sample_keeps_the_latest_queries_of_every_place():
     sample = QuerySample(torch.zeros(1), 1, torch.float32)
-    assert len(sample.queries()) == 0
+    assert len(sample.queries().queries) == 0
     for number in range(200):
         sample.add(torch.arange(10.0).unsqueeze(1) + 10 * number, k=5)
-    kept = sample.queries().flatten()
+    kept = sample.queries().queries.flatten()
     assert len(kept) == SAMPLE
     assert int(kept.min()) >= 10 * (199 - SAMPLE // (OF_A_BATCH - 1))
     assert set((kept % 10).int().tolist()) == set(range(10))
@@ -91,6 +105,20 @@ def test_the_sample_fills_at_once_and_knows_the_greatest_k_in_it():
     for _ in range(SAMPLE):
         sample.add(torch.zeros(8, 1), k=2)
     assert sample.k == 2
+
+
+def test_a_sample_that_is_told_what_counts_keeps_such_queries_alone():
+    sample = QuerySample(torch.zeros(1), 1, torch.float32)
+    sample.add(torch.ones(100, 1), k=9)
+    assert (sample.is_told, sample.queries().counts) == (False, None)
+    for number in range(3):
+        told = torch.arange(50.0) + 50 * number
+        sample.tell(told.unsqueeze(1), 4, -told)
+        sample.add(torch.ones(100, 1), k=9)
+    queries, counts = sample.queries()
+    assert len(queries.unique()) == len(queries)
+    assert torch.equal(counts, -queries.flatten())
+    assert (len(queries), sample.k, sample.seen) == (3 * 50 - 25, 4, 400)
 
 
 def test_the_watch_waits_for_enough_queries_and_starts_again():
