@@ -14,6 +14,8 @@ from sparsemem.console import user_errors, warning_lines
 from sparsemem.distributed.cluster import Wanted
 from sparsemem.distributed.home import MANIFEST, read_manifest
 from sparsemem.distributed.keeper import BANK, LoadedVersion
+from sparsemem.distributed.needs import lines as plan_lines
+from sparsemem.distributed.needs import plan_spread
 from sparsemem.distributed.reshard import reshard as reshard_bank
 from sparsemem.errors import UserError
 from sparsemem.training.banks import Keeper, keeper_of
@@ -60,7 +62,10 @@ def reshard(
 
 
 def wanted(
-    shards: int | None, workers: int | None, address: str | None, run: RunFolder | None = None
+    shards: int | None,
+    workers: int | None,
+    address: str | None = None,
+    run: RunFolder | None = None,
 ) -> Wanted | None:
     """What the options ask for; None: a run without shards. run: one to go on with."""
     folder = None if run is None or not is_sharded(run) else run.path / BANK
@@ -74,6 +79,12 @@ def wanted(
         if value is not None:
             raise UserError(f"{name} is {value}, expected it beside --shards")
     return None
+
+
+def plan(config: Config, spread: Wanted, as_json: bool) -> str:
+    """What a config takes over shards, for people or for programs."""
+    found = plan_spread(config, spread)
+    return found.model_dump_json(indent=2) if as_json else "\n".join(plan_lines(found))
 
 
 def start(

@@ -33,6 +33,12 @@ class Desk:
     def __init__(self) -> None:
         self._words: list[Word] = []
         self._is_stopping = False
+        self._starts = 0
+
+    def begin(self) -> int:
+        """A team starts; returns how many have before."""
+        self._starts += 1
+        return self._starts - 1
 
     def leave(self, words: list[Word]) -> bool:
         """What happened, in order; returns whether the team is to stop."""

@@ -2,58 +2,127 @@
 
 from __future__ import annotations
 
-from sparsemem.distributed.cluster import Group, Resources, Wanted
-from sparsemem.indexes.factory import EXACT
-from sparsemem.training.banks import make_bank
-from sparsemem.training.config import Config
-from sparsemem.training.optimisers import make_row_optimiser
-from sparsemem.training.plan import plan_memory, process_bytes
-from sparsemem.training.setup import device_of
+from collections.abc import Iterable
 
-SAMPLE_ROWS = 1024  # of a bank, to see what a row takes
-INDEX_ROW_BYTES = 32  # of a FAISS index beside a row's numbers: ids, places, its list
+import torch
+from pydantic import BaseModel
+
+from sparsemem.distributed.cluster import Group, Resources, Wanted, counted
+from sparsemem.distributed.traffic import StepBytes, wire_bytes
+from sparsemem.distributed.trying import check_wanted
+from sparsemem.indexes.factory import EXACT
+from sparsemem.layers import MemoryLayer
+from sparsemem.training.bankplan import FEW_ROWS, bank_bytes
+from sparsemem.training.config import Bank, Config
+from sparsemem.training.plan import Planned, empty_model, plan_memory, process_bytes, show_bytes
+
+
+class SpreadPlan(BaseModel):
+    """What a config takes over shards. Bytes; of a step those of one worker."""
+
+    shards: int
+    workers: int
+    shard_memory: int
+    worker_memory: int
+    rows_sent: int  # to all shards
+    rows_received: int
+    gradients_sent: int  # to other workers, and as many received
+
+    @property
+    def step_bytes(self) -> int:
+        """What all workers send and receive in a step, each byte once."""
+        return self.workers * (self.rows_sent + self.rows_received + self.gradients_sent)
+
+
+def plan_spread(config: Config, wanted: Wanted) -> SpreadPlan:
+    """Plan a config over shards. ConfigError where it is wrong, or cannot be shared out so."""
+    check_wanted(config, wanted)
+    planned = worker_plan(config, wanted.workers)
+    sent, received = reading_bytes(planned, wanted.shards, wanted.workers)
+    dense = planned.plan.memory.gradients
+    return SpreadPlan(
+        shards=wanted.shards,
+        workers=wanted.workers,
+        shard_memory=shard_bytes(config, wanted.shards),
+        worker_memory=planned.plan.memory.process,
+        rows_sent=sent,
+        rows_received=received,
+        gradients_sent=2 * (wanted.workers - 1) * dense // wanted.workers,  # in a ring
+    )
 
 
 def groups_of(config: Config, wanted: Wanted) -> list[Group]:
-    """The processes of a run, shards first, with what each takes. A resolved config."""
+    """The processes of a run, shards first, with what each takes. A resolved config.
+
+    Of a worker with a GPU its memory on the host is counted as if it had none.
+    """
+    gpus = float(torch.device(config.training.device).type == "cuda")
+    memory = float(worker_plan(config, wanted.workers).plan.memory.process)
+    worker = Resources(config.training.threads, gpus, memory)
     shard = Resources(1, 0, float(shard_bytes(config, wanted.shards)))
-    gpus = float(device_of(config).type == "cuda")
-    worker = Resources(config.training.threads, gpus, float(worker_bytes(config, wanted.workers)))
     return [Group("shard", wanted.shards, shard), Group("worker", wanted.workers, worker)]
 
 
 def shard_bytes(config: Config, num_shards: int) -> int:
-    """Memory of a shard's process: rows, what is known of each, optimiser state, index; libraries.
+    """Memory of a shard's process: its rows with all that belongs to them, and libraries."""
+    assert config.bank is not None
+    own = bank_bytes(with_rows(config, -(-config.bank.num_rows // num_shards)))
+    return own.rows + own.index + own.optimiser + own.saving + process_bytes()
 
-    An index that is trained anew is there twice.
+
+def worker_plan(config: Config, num_workers: int) -> Planned:
+    """The plan of a worker alone: its share of the batch, next to no rows, on the host."""
+    assert config.bank is not None
+    share = {"batch_size": config.training.batch_size // num_workers, "device": "cpu"}
+    training = config.training.model_copy(update=share)
+    few = with_rows(config, min(config.bank.num_rows, FEW_ROWS))
+    return plan_memory(few.model_copy(update={"training": training}))
+
+
+def with_rows(config: Config, num_rows: int) -> Config:
+    """A config whose bank is of another size."""
+    assert config.bank is not None
+    bank: Bank = config.bank.model_copy(update={"num_rows": num_rows})
+    return config.model_copy(update={"bank": bank})
+
+
+def reading_bytes(planned: Planned, num_shards: int, num_workers: int) -> StepBytes:
+    """Bytes of a training step between one worker and the shards, on sequences of mean length.
+
+    At most: rows that are read more than once in a step are counted as often.
     """
+    config, task, lengths, _ = planned
     assert config.bank is not None
-    rows = -(-config.bank.num_rows // num_shards)
-    index = 0
-    if config.bank.index != EXACT:
-        index = 2 * (4 * config.bank.width + INDEX_ROW_BYTES)
-    return int(rows * (row_bytes(config) + index)) + process_bytes()
+    model = empty_model(config, task)
+    positions = round(config.training.batch_size * lengths.mean)
+    number = 8 if config.bank.dtype == "float64" else 4
+    row = getattr(torch, config.bank.dtype or config.training.dtype).itemsize
+    each = [
+        wire_bytes(
+            num_shards,
+            positions * layer.num_heads,
+            layer.top_k,
+            config.bank.width,
+            config.bank.value_width,
+            row_bytes=row,
+            gradient_bytes=number,
+            number_bytes=number,
+            exact=config.bank.index == EXACT,
+            pushed=num_workers > 1,
+        )
+        for layer in model.modules()
+        if isinstance(layer, MemoryLayer)
+    ]
+    return StepBytes(sum(part.sent for part in each), sum(part.received for part in each))
 
 
-def row_bytes(config: Config) -> float:
-    """Memory of a row with what is known of it and the optimiser's state."""
-    assert config.bank is not None
-    bank = make_bank(config, num_rows=SAMPLE_ROWS, index=EXACT, initial="empty")
-    optimiser = make_row_optimiser(config.bank.optimizer, bank.tables)
-    (group,) = optimiser.param_groups
-    states = [optimiser._zero_state(table, True, group) for table in bank.tables]
-    taken = sum(value.nbytes for state in states for value in state.values())
-    return (int(bank.stats()["table_bytes"]) + taken) / SAMPLE_ROWS
-
-
-def worker_bytes(config: Config, num_workers: int) -> int:
-    """Memory of a worker's process at the peak of a training step, as `sparsemem plan` has it.
-
-    Of its share of the batch, and with next to no rows: they are in the shards.
-    """
-    assert config.bank is not None
-    training = config.training
-    share = training.model_copy(update={"batch_size": training.batch_size // num_workers})
-    few = config.bank.model_copy(update={"num_rows": min(config.bank.num_rows, SAMPLE_ROWS)})
-    alone = config.model_copy(update={"training": share, "bank": few})
-    return plan_memory(alone).plan.memory.process
+def lines(plan: SpreadPlan) -> Iterable[str]:
+    """The plan for people."""
+    shards, workers = counted(plan.shards, "shard"), counted(plan.workers, "worker")
+    memory = plan.shards * plan.shard_memory + plan.workers * plan.worker_memory
+    yield f"memory    {show_bytes(memory)} in all"
+    yield f"  {shards:<12} {show_bytes(plan.shard_memory)} each: rows, optimiser, index, libraries"
+    yield f"  {workers:<12} {show_bytes(plan.worker_memory)} each: the model, its share of a batch"
+    yield f"network   {show_bytes(plan.step_bytes)} a step"
+    to_shards = f"{show_bytes(plan.rows_sent)} to the shards, {show_bytes(plan.rows_received)} back"
+    yield f"  each worker  {to_shards}, {show_bytes(plan.gradients_sent)} to other workers"

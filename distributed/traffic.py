@@ -11,10 +11,10 @@ from typing import NamedTuple
 from sparsemem.distributed.wire import Packed
 
 ID_BYTES = 8
-SCORE_BYTES = 4
 # What describes a call or an answer beside its arrays, measured; of "step" and "fetched" a table.
 # It depends on the lengths of numbers and of an optimiser's options, a little.
 FRAMES = {"find": 100, "fetch": 105, "counted": 60, "step": 300, "found": 115, "fetched": 60}
+FRAMES |= {"push": 200, "asked": 120, "norms": 120}  # where gradients are pushed
 COUNTED = 16  # queries of a read, at most, of which shards are told what counted
 
 
@@ -62,7 +62,9 @@ def wire_bytes(
     distinct: int | None = None,
     row_bytes: int = 4,
     gradient_bytes: int = 4,
+    number_bytes: int = 4,
     exact: bool = False,
+    pushed: bool = False,
 ) -> StepBytes:
     """Bytes of one training step: a read, and the row optimiser's step of what was read.
 
@@ -78,19 +80,24 @@ def wire_bytes(
         distinct: distinct rows that are read; None: Q K, the most there can be.
         row_bytes: of a number in a row as it is sent: of the tables' dtype, or 2.
         gradient_bytes: of a number of a gradient as it is sent: 4, or 2 on a narrow wire.
+        number_bytes: of a number in a query, and of a score: of the computing dtype.
+        pushed: the gradients go ahead of the step, for their norm over several workers.
         exact: the shards search exactly; else they are told what of some queries counted.
     """
     numbers = width + (value_width or 0)
     tables = 1 if value_width is None else 2
     read = queries * top_k
     rows = read if distinct is None else distinct
-    find = num_shards * (FRAMES["find"] + queries * width * 4)
+    find = num_shards * (FRAMES["find"] + queries * width * number_bytes)
     fetch = num_shards * FRAMES["fetch"] + read * ID_BYTES
     if not exact:
         counted = -(-queries // -(-queries // COUNTED)) * (width + 1)
-        fetch += num_shards * (FRAMES["counted"] + counted * SCORE_BYTES)
+        fetch += num_shards * (FRAMES["counted"] + counted * number_bytes)
     step = num_shards * FRAMES["step"] * tables
+    if pushed:
+        step += num_shards * (FRAMES["push"] * tables + FRAMES["asked"])
     step += rows * (numbers * gradient_bytes + tables * ID_BYTES)
-    found = num_shards * (FRAMES["found"] + read * (ID_BYTES + SCORE_BYTES))
+    found = num_shards * (FRAMES["found"] + read * (ID_BYTES + number_bytes))
     fetched = num_shards * FRAMES["fetched"] * tables + read * numbers * row_bytes
-    return StepBytes(find + fetch + step, found + fetched)
+    norms = num_shards * FRAMES["norms"] * pushed
+    return StepBytes(find + fetch + step, found + fetched + norms)

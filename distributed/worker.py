@@ -77,6 +77,8 @@ def train(work: Work) -> str:
     if newest is not None:
         trainer.restore(newest)
     reporter = DeskReporter(work, trainer.step)
+    if rank == 0 and ray.get(work.desk.begin.remote()):
+        reporter.say(f"trainers were lost, others go on from step {trainer.step}")
     outcome = trainer.train(run, reporter, work.profiled, reporter.stop)
     dist.destroy_process_group()
     return outcome.name

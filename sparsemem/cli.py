@@ -137,13 +137,20 @@ def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="See examples/.")],
     set_: Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; sizes in bytes.")] = False,
+    shards: sharded.Shards = None,
+    workers: sharded.Workers = None,
 ) -> None:
     """Predict what training a config takes: memory, disk, network, time. Nothing is trained.
 
     Memory is added up without allocating it; time comes from some short steps on this machine (a
-    few seconds). `train` refuses what cannot fit into this machine's memory.
+    few seconds). `train` refuses what cannot fit into this machine's memory. With --shards: memory
+    of each process, and what a step sends.
     """
     with _user_errors():
+        spread = sharded.wanted(shards, workers)
+        if spread is not None:
+            typer.echo(sharded.plan(load_config(config, set_ or []), spread, as_json))
+            return
         planned = plan_memory(load_config(config, set_ or []))
         found = planned.plan
         if found.fits:
