@@ -49,7 +49,8 @@ class ShardedBank(Versioned):
     Any number of processes may have one over the same shards, each with a transport of its own; it
     is for one thread at a time (another takes `as_worker(0, of=1)`). Those that train together are
     workers: an optimiser's step happens once all have pushed theirs, with the mean of their
-    gradients, as DistributedDataParallel has it; who has stepped reads on once it has happened.
+    gradients, as DistributedDataParallel has it; who has stepped reads on once it has happened, or
+    goes ahead of it by `staleness`.
 
     Args:
         path: the folder of the sharded bank: see `create`.
@@ -58,6 +59,9 @@ class ShardedBank(Versioned):
         num_workers: whose gradients make one step together.
         wire_dtype: torch.float16 halves what rows and gradients take on the wire; both are then
             rounded to it. None: as the tables and the computing dtype have them.
+        staleness: reads may miss the updates of so many of the last steps of this worker, at most
+            15, so that neither they nor the steps wait for those. 0: a read sees all of them.
+            docs/sharding.md says what that gives up.
     """
 
     def __init__(
@@ -68,8 +72,9 @@ class ShardedBank(Versioned):
         worker: int = 0,
         num_workers: int = 1,
         wire_dtype: torch.dtype | None = None,
+        staleness: int = 0,
     ) -> None:
-        super().__init__(Path(path), shards, worker, num_workers, wire_dtype)
+        super().__init__(Path(path), shards, worker, num_workers, wire_dtype, staleness)
 
     @staticmethod
     def create(
@@ -117,8 +122,9 @@ class ShardedBank(Versioned):
         With tables (so gradients and an optimiser) of its own: for a thread. A process makes its
         own `ShardedBank(path, shards, worker=..., num_workers=...)`.
         """
-        shards, dtype = self.shards.another(), self.wire_dtype
-        return ShardedBank(self.path, shards, worker=worker, num_workers=of, wire_dtype=dtype)
+        options: dict[str, Any] = {"wire_dtype": self.wire_dtype, "staleness": self.staleness}
+        shards = self.shards.another()
+        return ShardedBank(self.path, shards, worker=worker, num_workers=of, **options)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query; as `MemoryBank.read`."""
@@ -326,8 +332,12 @@ class ShardedBank(Versioned):
         return kept
 
     def close(self) -> None:
-        """Let go of the shards."""
-        self.shards.close()
+        """Let go of the shards; steps that are under way are waited for."""
+        try:
+            if self.shards.under_way:
+                self.shards.settle()
+        finally:
+            self.shards.close()
 
     def _set_frozen(self, ids: Tensor | None, frozen: bool) -> None:
         self._known.changed()

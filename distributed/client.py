@@ -22,6 +22,7 @@ from sparsemem.distributed.home import read_manifest
 from sparsemem.distributed.merging import Fetched, assembled, merged
 from sparsemem.distributed.placement import Part
 from sparsemem.distributed.rowless import Rowless
+from sparsemem.distributed.server import KEPT_ANSWERS
 from sparsemem.distributed.shard import Counted, ShardFound, Standing
 from sparsemem.distributed.traffic import COUNTED
 from sparsemem.distributed.transport import Transport
@@ -29,6 +30,9 @@ from sparsemem.indexes.base import Found
 from sparsemem.indexes.factory import EXACT
 from sparsemem.indexes.metrics import Metric
 
+# What a bank with staleness asks while steps of its own are under way.
+READS = ("find", "rows_at", "trainable_of")
+MOST_STALE = KEPT_ANSWERS - 1
 SETTLE_SECONDS = 0.0005  # between looks at whether a step has happened
 
 
@@ -42,11 +46,13 @@ class Client(Rowless):
         worker: int,
         num_workers: int,
         wire_dtype: torch.dtype | None,
+        staleness: int,
     ) -> None:
         check_size("num_workers", num_workers)
         check_at_most("worker", check_size("worker", worker, 0), "num_workers - 1", num_workers - 1)
         if wire_dtype not in (None, torch.float16):
             raise ValueError(f"wire_dtype is {wire_dtype}, expected torch.float16 or None")
+        check_at_most("staleness", check_size("staleness", staleness, 0), "the most", MOST_STALE)
         manifest = read_manifest(path)
         if shards.num_shards != manifest.num_shards:
             raise ValueError(
@@ -58,6 +64,7 @@ class Client(Rowless):
         self.path, self.shards, self._manifest = path, shards, manifest
         self.placement, self.metric = manifest.placement, Metric(given["metric"])
         self.worker, self.num_workers, self.wire_dtype = worker, num_workers, wire_dtype
+        self.staleness = staleness
         self._batch = ""  # of the background, that is open
         self._known = Known(manifest.num_shards)
         self._reads = 0
@@ -72,21 +79,27 @@ class Client(Rowless):
         kind = f"index={given['index']!r}, metric={given['metric']!r}"
         return f"{self.num_rows}, {widths}, {kind}, num_shards={self.placement.num_shards}"
 
-    def _settle(self) -> None:
-        """Wait until the workers have all pushed the step that this one has.
+    def _settle(self, behind: int = 0) -> None:
+        """Wait until all of this worker's steps have happened, but for the last `behind`.
 
-        ShardError where one of them does not for as long as a shard may take to answer.
+        ShardError where other workers do not send theirs for as long as a shard may take to answer.
         """
+        self.shards.settle(behind)
         deadline = monotonic() + self.shards.timeout
-        while self._behind:
-            self._behind = max(self.shards.ask("waiting", self._each((self.worker,))))
-            if self._behind and monotonic() > deadline:
+        while self._behind > behind:
+            waiting = max(self.shards.ask("waiting", self._each((self.worker,))))
+            self._behind = waiting + self.shards.under_way
+            if self._behind > behind and monotonic() > deadline:
                 raise ShardError(
                     f"worker {self.worker} has stepped, and the others of {self.num_workers} have"
                     f" not within {self.shards.timeout:g} seconds"
                 )
-            if self._behind:
+            if self._behind > behind:
                 sleep(SETTLE_SECONDS)
+                self.shards.settle(behind)
+
+    def _settle_for(self, operation: str) -> None:
+        self._settle(self.staleness if operation in READS else 0)
 
     def _tick(self) -> int:
         self.clock += 1
@@ -100,12 +113,12 @@ class Client(Rowless):
         return [arguments] * self.placement.num_shards
 
     def _ask(self, operation: str, arguments: Arguments) -> list[Any]:
-        self._settle()
+        self._settle_for(operation)
         return self.shards.ask(operation, self._each(arguments))
 
     def _ask_parts(self, operation: str, parts: Sequence[Part], *more: Sequence[Any]) -> list[Any]:
         """Ask all shards about rows of theirs. more: further arguments, one a shard."""
-        self._settle()
+        self._settle_for(operation)
         each = zip((part.local for part in parts), *more, strict=True)
         return self.shards.ask(operation, list(each))
 

@@ -20,6 +20,7 @@ from sparsemem.bank.errors import BankError
 from sparsemem.bank.journal import encode_tensors
 from sparsemem.checks import check_known
 from sparsemem.distributed.calls import Call, CallLog, from_arrays, to_arrays
+from sparsemem.distributed.errors import OutOfTurnError
 from sparsemem.distributed.pushes import Pushes
 from sparsemem.distributed.shard import ShardBank
 from sparsemem.files import write_synced
@@ -56,11 +57,12 @@ LOOKS = (
 )
 OF_WORKERS = ("push", "waiting", "squared_norms")  # of what they have sent of a step
 OPTIMISERS = {kind.__name__: kind for kind in (RowSGD, RowAdagrad, RowAdam, RowAdamW)}
+KEPT_ANSWERS = 16  # of each client: so many of its changes may be under way at once
 BANK, STATE = "bank", "state.safetensors"  # of a checkpoint
 
 
 class Answer(NamedTuple):
-    """What a client was told last."""
+    """What a client was told."""
 
     sequence: int
     value: Any
@@ -77,7 +79,7 @@ class ShardServer:
 
     def __init__(self, bank: ShardBank, log: CallLog | None = None) -> None:
         self.bank, self._log = bank, log
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, list[Answer]] = {}  # the last ones, by client
         self._optimisers: dict[str, RowOptimizer] = {}
         self._pushes = Pushes(bank)
         self._marks: list[tuple[Tensor, int]] = []  # accesses since the last call in the log
@@ -89,19 +91,20 @@ class ShardServer:
             self._marks.append(call.arguments[:3])
         if call.operation in LOOKS:
             return self._do(call)
-        known = self._answers.get(call.client)
-        if call.sequence == (1 if known is None else known.sequence + 1):
+        last = self._last(call.client)
+        if call.sequence == last + 1:
             self._write_down(call)
-            known = self._change(call)
-        elif known is None or call.sequence != known.sequence:
-            raise BankError(
-                f"change {call.sequence} of client {call.client!r} comes after its change"
-                f" {known.sequence if known else 0}: expected that one again, or the next (a client"
-                " has to be made anew once another has gone back to a version)"
-            )
-        if known.error is not None:
-            raise ValueError(known.error)
-        return known.value
+            self._change(call)
+        for answer in self._answers.get(call.client, ()):
+            if answer.sequence == call.sequence:
+                if answer.error is not None:
+                    raise ValueError(answer.error)
+                return answer.value
+        raise OutOfTurnError(
+            f"change {call.sequence} of client {call.client!r} comes after its change {last}:"
+            " expected that one again, or the next (a client has to be made anew once another has"
+            " gone back to a version)"
+        )
 
     def step(self, steps: Sequence[RowStep], worker: int = 0, num_workers: int = 1) -> None:
         """Step rows, once the gradients of all workers are there.
@@ -133,7 +136,10 @@ class ShardServer:
             # A bank's folder leaves it out: nobody's gradients outlive it there. Here they do.
             "written": (written, self.bank.book.written[written], self.bank.book.last_written),
             "selection": self.bank.selection_state(),
-            "answers": {client: tuple(answer) for client, answer in self._answers.items()},
+            "answers": {
+                client: [tuple(answer) for answer in answers]
+                for client, answers in self._answers.items()
+            },
             "optimisers": {
                 name: state_of(optimiser) for name, optimiser in self._optimisers.items()
             },
@@ -158,8 +164,8 @@ class ShardServer:
             server.bank.load_selection(*state["selection"])
             if not gone_back:
                 server._pushes.load(state["pushes"])
-                for client, answer in state["answers"].items():
-                    server._answers[client] = Answer(*answer)
+                for client, answers in state["answers"].items():
+                    server._answers[client] = [Answer(*answer) for answer in answers]
             for name, saved in state["optimisers"].items():
                 server.load_optimiser(name, loadable(saved))
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
@@ -212,11 +218,15 @@ class ShardServer:
             for mark in call.arguments[0]:
                 self.bank.mark(*mark)
             return
-        known = self._answers.get(call.client)
-        if known is None or call.sequence > known.sequence:
+        if call.sequence > self._last(call.client):
             self._change(call)  # else memory ran out at its first time, and it was asked again
 
-    def _change(self, call: Call) -> Answer:
+    def _last(self, client: str) -> int:
+        """The number of a client's last change."""
+        answers = self._answers.get(client)
+        return answers[-1].sequence if answers else 0
+
+    def _change(self, call: Call) -> None:
         """Do it. What fails in the same way each time is an answer: a log has to be replayed."""
         try:
             answer = Answer(call.sequence, self._do(call), None)
@@ -227,8 +237,9 @@ class ShardServer:
                 raise
             what = f"{call.operation} failed with {type(error).__name__}: {error}"
             answer = Answer(call.sequence, None, what)
-        self._answers[call.client] = answer
-        return answer
+        known = self._answers.setdefault(call.client, [])
+        known.append(answer)
+        del known[:-KEPT_ANSWERS]
 
     def _do(self, call: Call) -> Any:
         owner: Any = self._pushes if call.operation in OF_WORKERS else self.bank

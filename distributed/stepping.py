@@ -25,11 +25,12 @@ class Stepping(Client):
 
         Gradients that they have already, by `squared_norm`, are not sent again.
         """
-        self._settle()
+        self._settle(self.staleness)
         each = self._shares([self._ready(step) for step in steps])
         alone = self.num_workers == 1
         who = (self.worker, self.num_workers)
-        self.shards.ask("step", [None if alone and not mine else (mine, *who) for mine in each])
+        send = self.shards.begin if self.staleness else self.shards.ask
+        send("step", [None if alone and not mine else (mine, *who) for mine in each])
         self._known.stepped()
         for step in steps:
             self._factors.pop(step.table, None)
@@ -45,7 +46,7 @@ class Stepping(Client):
         new = [push for push in pushes if push.table not in self._factors]
         norms: list[dict[str, float] | None] = [None]
         if new:
-            self._settle()
+            self._settle(self.staleness)
             ready = [push._replace(gradient=self._to_send(push)) for push in new]
             who = (self.worker, self.num_workers)
             norms = self.shards.ask("push", [(mine, *who) for mine in self._shares(ready)])

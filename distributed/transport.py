@@ -31,6 +31,19 @@ class Transport(Protocol):
         None instead of arguments: that shard is not asked, and None stands for its answer.
         """
 
+    def begin(self, operation: str, arguments: Sequence[Arguments | None]) -> None:
+        """Ask for a change, and do not wait for it: see `Asking`."""
+
+    @property
+    def under_way(self) -> int:
+        """How many changes were begun, and have not been heard to be done."""
+
+    def settle(self, leave: int = 0) -> None:
+        """Wait until at most `leave` changes are under way; raises what became of them."""
+
+    def drop(self) -> None:
+        """Forget changes that cannot be brought to their end."""
+
     def another(self) -> Transport:
         """For another client of the same shards, which do not end when it is closed."""
 
@@ -73,7 +86,7 @@ class LocalShards(Asking):
 
     def another(self) -> LocalShards:
         """For another client of the same shards, also in another thread."""
-        other = LocalShards.__new__(LocalShards)
+        other = LocalShards.__new__(type(self))
         Asking.__init__(other, self.num_shards)
         other.homes, other._lock, other._is_owner = self.homes, self._lock, False
         other.traffic = Traffic()

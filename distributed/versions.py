@@ -59,13 +59,14 @@ class Versioned(Stepping):
                 gone back to.
         """
         manifest = read_manifest(self.path).at(version)
+        self.shards.drop()
+        self._behind = 0
+        self._factors.clear()
         log = 1 + max(number for number, _ in self._ask("standing", ()))
         self._put_in_force(manifest, log=log)
         self._ask("restore", ())
         self.clock = manifest.clock
         self._known = Known(self.placement.num_shards)
-        self._behind = 0
-        self._factors.clear()
 
     def _put_in_force(self, manifest: Manifest, **changed: Any) -> None:
         self._manifest = manifest.model_copy(update=changed)

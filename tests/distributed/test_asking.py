@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsemem.bank.errors import BankError
 from sparsemem.distributed.asking import Asking
-from sparsemem.distributed.errors import ShardError
+from sparsemem.distributed.errors import OutOfTurnError, ShardError
 
 DONE, ANSWER_LOST, CALL_LOST, INTERRUPTED, REFUSED = range(5)
 SHARDS = 3
@@ -120,3 +121,136 @@ def test_the_same_again_later_is_another_change():
     for _ in range(2):
         shards.ask("step", arguments(1, [True] * 3))
     assert shards.done[0] == [[1, 0], [1, 0]]
+
+
+class Flight:
+    """Calls on their way: what has come of each so far."""
+
+    def __init__(self, network, calls):
+        self.network = network
+        self.found = {shard: None for shard, call in enumerate(calls) if call is not None}
+        for shard in self.found:
+            network.queues[shard].append((self, calls[shard]))
+
+    def is_done(self):
+        return None not in self.found.values()
+
+    def collect(self, outcomes):
+        for shard in self.found:
+            self.network.deliver(shard, until=self)
+        for shard, found in self.found.items():
+            if not isinstance(found, BankError | ShardError):
+                outcomes[shard] = found
+        for found in self.found.values():
+            if isinstance(found, BankError | ShardError):
+                raise found
+
+
+class Network(Asking):
+    """Shards that do what arrives, in the order of its coming; begun calls take their time."""
+
+    def __init__(self):
+        super().__init__(SHARDS)
+        self.done = [[] for _ in range(SHARDS)]
+        self.answers = [{} for _ in range(SHARDS)]
+        self.queues = [[] for _ in range(SHARDS)]
+
+    def deliver(self, shard, until=None):
+        """The next call arrives (or all, up to one's own)."""
+        while self.queues[shard] and (until is None or until.found[shard] is None):
+            flight, call = self.queues[shard].pop(0)
+            flight.found[shard] = self.perform(shard, call)
+            if until is None:
+                break
+
+    def lose(self, shard, first_is_done):
+        """A shard dies, and with it all that is on its way to it."""
+        if first_is_done and self.queues[shard]:
+            self.perform(shard, self.queues[shard][0][1])
+        for flight, _ in self.queues[shard]:
+            flight.found[shard] = ShardError(f"shard {shard} has died")
+        self.queues[shard].clear()
+
+    def perform(self, shard, call):
+        if not call.sequence:
+            return len(self.done[shard])
+        if call.sequence == len(self.answers[shard]) + 1:
+            number, is_refused = call.arguments
+            refused = ValueError(f"{number} is refused")
+            self.answers[shard][call.sequence] = refused if is_refused else number
+            self.done[shard].append(number)
+        if call.sequence not in self.answers[shard]:
+            return OutOfTurnError(f"{call.sequence} after {len(self.answers[shard])}")
+        return self.answers[shard][call.sequence]
+
+    def _exchange(self, calls, outcomes):
+        for shard, call in enumerate(calls):
+            if call is not None and shard not in outcomes:
+                while self.queues[shard]:
+                    self.deliver(shard)
+                outcomes[shard] = self.perform(shard, call)
+                assert not isinstance(outcomes[shard], OutOfTurnError)
+
+    def _start(self, calls):
+        return Flight(self, calls)
+
+
+SHARD = st.integers(0, SHARDS - 1)
+EVENTS = st.one_of(
+    st.tuples(st.just("begin"), st.lists(st.booleans(), min_size=3, max_size=3), st.booleans()),
+    st.tuples(st.just("deliver"), SHARD, st.none()),
+    st.tuples(st.just("lose"), SHARD, st.booleans()),
+    st.tuples(st.just("settle"), st.integers(0, 3), st.none()),
+    st.tuples(st.just("look"), st.none(), st.none()),
+    st.tuples(st.just("change"), st.none(), st.none()),
+)
+
+
+@given(events=st.lists(EVENTS, max_size=30))
+def test_begun_changes_are_done_once_in_order_whatever_is_lost(events):
+    network, expected, refused, told = Network(), [[] for _ in range(SHARDS)], [], []
+
+    def settle(leave):
+        while True:
+            try:
+                network.settle(leave)
+            except ValueError as error:
+                told.append(str(error))
+            except ShardError:
+                continue  # its next turn makes it good
+            else:
+                break
+        assert network.under_way <= leave
+
+    for number, (event, what, more) in enumerate(events):
+        if event == "begin":
+            given_to = [(number, more) if asked else None for asked in what]
+            network.begin("step", given_to)
+            for shard in range(SHARDS):
+                expected[shard] += [number] if what[shard] else []
+            refused += [f"{number} is refused"] if more and any(what) else []
+        elif event == "deliver":
+            network.deliver(what)
+        elif event == "lose":
+            network.lose(what, more)
+        elif event == "settle":
+            settle(what)
+        elif event == "look":
+            assert network.ask("stats_at", [()] * SHARDS) == [len(done) for done in network.done]
+        else:
+            settle(0)
+            assert network.ask("step", [(number, False)] * SHARDS) == [number] * SHARDS
+            expected = [[*done, number] for done in expected]
+            assert network.done == expected
+    settle(0)
+    assert network.done == expected
+    assert told == refused
+
+
+def test_changes_that_cannot_be_brought_to_their_end_are_forgotten():
+    shards = Shards([CALL_LOST] * 9)
+    with pytest.raises(ShardError):
+        shards.ask("step", arguments(1, [True] * 3))
+    shards.drop()
+    shards.plan.clear()
+    assert shards.ask("stats_at", [()] * 3) == [0, 0, 0]

@@ -14,7 +14,7 @@ from sparsemem.bank.errors import BankError
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.transport import LocalShards
-from sparsemem.optim import RowAdam
+from sparsemem.optim import RowAdam, RowSGD
 from tests.oracles.shard_states import same_state, state_of
 
 # Looked for and not imported: this is read in every run of the tests.
@@ -212,3 +212,21 @@ def test_a_driver_that_is_gone_takes_its_actors_along(cluster, tmp_path, reposit
     assert again.gather(torch.arange(4)).eq(3).all()
     assert all(gone(pid) for pid in actors)
     again.close()
+
+
+def test_steps_that_nobody_waits_for_happen_once_though_shards_are_killed(cluster, tmp_path):
+    bank = filled(start(tmp_path / "bank"))
+    stale = ShardedBank(bank.path, bank.shards.another(), staleness=4)
+    optimiser, ids = RowSGD([stale.keys], lr=0.25), torch.tensor([0, 1, 2, 5, 7])
+    before, processes = bank.gather(ids), pids(bank)
+    for number in range(16):
+        optimiser.zero_grad()
+        stale.gather(ids).sum().backward()
+        optimiser.step()
+        if number in (5, 10):
+            os.kill(processes[number % 2], signal.SIGKILL)
+    assert stale.shards.under_way > 0
+    stale.save()
+    assert stale.shards.under_way == 0
+    torch.testing.assert_close(bank.gather(ids), before - 4.0, rtol=0, atol=1e-5)
+    bank.close()

@@ -7,7 +7,8 @@ import torch
 
 from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.distributed.calls import Call, CallLog
-from sparsemem.distributed.server import ShardServer
+from sparsemem.distributed.errors import OutOfTurnError
+from sparsemem.distributed.server import KEPT_ANSWERS, ShardServer
 from sparsemem.distributed.shard import ShardBank
 from sparsemem.optim.remote import RowStep
 
@@ -64,14 +65,33 @@ def test_a_refused_change_is_refused_again_and_changes_nothing():
     assert server.bank.book.live.nonzero().flatten().tolist() == [5]
 
 
-@pytest.mark.parametrize("sequence", [1, 2, 5])
+@pytest.mark.parametrize("sequence", [1, 2, KEPT_ANSWERS + 4])
 def test_a_change_out_of_its_order_is_refused(sequence):
     server = ShardServer(bank())
-    for number in (1, 2, 3):
-        server.call(put([number], number, number))
-    with pytest.raises(BankError, match=f"change {sequence} of client 'one' comes after"):
+    for number in range(1, KEPT_ANSWERS + 3):
+        server.call(put([number % 6], number, number))
+    with pytest.raises(OutOfTurnError, match=f"change {sequence} of client 'one' comes after"):
         server.call(put([7], 1, sequence))
     assert not server.bank.book.live[7]
+
+
+def test_the_last_changes_are_answered_again_and_not_done_again(tmp_path):
+    """A client may have several under way, and lose all answers at once."""
+    server = ShardServer(bank())
+    server.call(put([0, 1, 2, 3], 1, 1))
+    asked = [Call("remove_at", (torch.tensor([n, n + 1]), None, 1), "one", n + 2) for n in range(3)]
+    asked.append(Call("freeze_at", (torch.tensor([7]), True), "one", 5))  # refused
+    answers = [server.call(call).tolist() for call in asked[:3]]
+    assert answers == [[0, 1], [2], [3]]
+    with pytest.raises(ValueError, match="not live"):
+        server.call(asked[3])
+    server.checkpoint(tmp_path)
+    for again in (server, ShardServer.restored(tmp_path, None, [])):
+        assert [again.call(call).tolist() for call in asked[:3]] == answers
+        with pytest.raises(ValueError, match="not live"):
+            again.call(asked[3])
+        with pytest.raises(OutOfTurnError):
+            again.call(put([7], 1, 7))
 
 
 def test_clients_are_numbered_apart_and_unknown_operations_refused():
