@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from sparsemem.bank.gradients import remember, sparse_gradient
 from sparsemem.devices import is_device
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.metrics import Metric
+from sparsemem.kernels import row_kernels_for
+from sparsemem.kernels.score_gradients import score_gradients
 
 if TYPE_CHECKING:
     from sparsemem.bank.bank import MemoryBank
@@ -172,14 +175,32 @@ class ScoredRows(torch.autograd.Function):
         ids, queries, rows, scores = ctx.saved_tensors
         of_queries = None
         if by_score is not None:
-            missing = ids < 0
-            if is_device(ids) or missing.any():  # their scores are constant, and infinite
-                by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
-            of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
-            gradient = of_rows if gradient is None else of_rows.add_(gradient)
+            saved = (queries, rows, scores, ids)
+            of_queries, gradient = through_scores(ctx.bank.metric, *saved, by_score, gradient)
         if gradient is None:  # nothing depends on either
             gradient = torch.zeros_like(rows)
         return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None
+
+
+def through_scores(
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    rows: Float[Tensor, "Q K W"],
+    scores: Float[Tensor, "Q K"],
+    ids: Int[Tensor, "Q K"],
+    by_score: Float[Tensor, "Q K"],
+    by_row: Float[Tensor, "Q K W"] | None,
+) -> tuple[Float[Tensor, "Q W"], Float[Tensor, "Q K W"]]:
+    """Gradients of queries and rows, from those of scores and rows; an id of -1 has no score."""
+    kernels = None if is_device(ids) else row_kernels_for(rows.dtype)
+    if kernels is not None:
+        given = (queries, rows, scores, ids, by_score, by_row)
+        return score_gradients(kernels, metric, *given)
+    missing = ids < 0
+    if is_device(ids) or missing.any():  # their scores are constant, and infinite
+        by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
+    of_queries, of_rows = metric.gradients(queries, rows, scores, by_score)
+    return of_queries, of_rows if by_row is None else of_rows.add_(by_row)
 
 
 def gather(

@@ -1,4 +1,4 @@
-"""Fused steps of the sparse memories, compiled; the torch code beside them is the reference.
+"""Steps of the sparse memories and of rows, compiled; the torch code is the reference.
 
 Which is used `SPARSEMEM_KERNELS` says (sparsemem/indexes/triton_switch.py). Nothing here imports
 Numba before a kernel is needed.
@@ -6,20 +6,15 @@ Numba before a kernel is needed.
 
 from __future__ import annotations
 
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
+from sparsemem.indexes.compiling import compiling_said, falling_back
 from sparsemem.indexes.triton_switch import choice
 
 DTYPES = (torch.float32, torch.float64)
-SILENT_SECONDS = 3.0  # loading from the cache takes one, two on a busy machine; compiling twenty
 
 
 class Kernels(NamedTuple):
@@ -35,6 +30,14 @@ class Kernels(NamedTuple):
     unroll_backward: Any
 
 
+class RowKernels(NamedTuple):
+    """Compiled functions on rows of one dtype; `like` is an empty array of it."""
+
+    like: Any
+    step_rows: Any
+    score_gradients: Any
+
+
 def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
     """The kernels for a dtype, with temporal links or without; None: use the torch code."""
     return load(dtype, links) if choice() == "auto" and dtype in DTYPES else None
@@ -43,28 +46,59 @@ def kernels_for(dtype: torch.dtype, links: bool) -> Kernels | None:
 @cache
 def load(dtype: torch.dtype, links: bool) -> Kernels | None:
     """Compile, or load what was compiled before; None with one warning where that fails."""
-    try:
-        with compiling_said(dtype):
-            return compile_for(dtype, links)
-    except Exception as error:  # whatever Numba or LLVM stumbles over
-        warnings.warn(
-            f"memory steps run in plain torch, several times slower: {type(error).__name__} while"
-            f" compiling their kernels with Numba: {error}",
-            RuntimeWarning,
-            stacklevel=2,
+    with compiling_said(f"the memory step for {dtype}"), falling_back("memory steps"):
+        return compile_for(dtype, links)
+    return None
+
+
+def row_kernels_for(dtype: torch.dtype) -> RowKernels | None:
+    """The kernels of rows for the dtype of a table; None: use the torch code."""
+    return load_rows(dtype) if choice() != "reference" and dtype in DTYPES else None
+
+
+@cache
+def load_rows(dtype: torch.dtype) -> RowKernels | None:
+    """As `load`, the kernels of rows."""
+    with compiling_said(f"steps of rows for {dtype}"), falling_back("steps of banks' rows"):
+        return compile_rows(dtype)
+    return None
+
+
+def compile_rows(dtype: torch.dtype) -> RowKernels:
+    """Compile the kernels of rows for one dtype."""
+    from numba import types
+
+    from sparsemem.kernels.row_equations import score_gradients, step_rows
+
+    like, array = likeness(dtype)
+    step_rows.compile(
+        (
+            array,
+            types.UniTuple(types.int64, 6),
+            types.UniTuple(types.float64, 9),
+            types.UniTuple(types.int64, 11),
         )
-        return None
+    )
+    score_gradients.compile((array, types.UniTuple(types.int64, 4), types.UniTuple(types.int64, 8)))
+    return RowKernels(like, step_rows, score_gradients)
+
+
+def likeness(dtype: torch.dtype) -> tuple[Any, Any]:
+    """An empty array of a dtype, and its type as Numba calls it."""
+    import numpy as np
+    from numba import from_dtype, types
+
+    like = np.empty(0, str(dtype).removeprefix("torch."))
+    return like, types.Array(from_dtype(like.dtype), 1, "C")
 
 
 def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
     """Compile for one dtype."""
-    import numpy as np
-    from numba import from_dtype, types
+    from numba import types
 
     from sparsemem.kernels import gradients, steps
 
-    like = np.empty(0, str(dtype).removeprefix("torch."))
-    array = types.Array(from_dtype(like.dtype), 1, "C")
+    like, array = likeness(dtype)
     step = (steps.write_step, steps.search_step, steps.read_step, gradients.backward_step)
     if links:
         from sparsemem.kernels.links import ENTRIES, links_step
@@ -79,20 +113,3 @@ def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
         tuples = (types.UniTuple(types.int64, n) for n in lengths)  # type: ignore[no-untyped-call]
         function.compile((array, *tuples))
     return Kernels(like, *step, *rest)
-
-
-@contextmanager
-def compiling_said(dtype: torch.dtype) -> Iterator[None]:
-    """Say on stderr what is going on, where it takes long."""
-
-    def say() -> None:
-        what = f"the memory step for {dtype}, once on this machine"
-        print(f"sparsemem: compiling {what}", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(SILENT_SECONDS, say)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,7 +11,7 @@ from sparsemem.optim.base import Options, RowOptimizer, State, across, zeros_lik
 from sparsemem.optim.options import check_above_zero, check_range
 
 if TYPE_CHECKING:
-    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
+    from sparsemem.kernels.row_gradient import Gradient as RowGradient
 
 
 class RowAdagrad(RowOptimizer):
@@ -68,7 +68,7 @@ class RowAdagrad(RowOptimizer):
         root = total.add_(squares).sqrt().add_(options["eps"])
         rows.addcdiv_(gradient, across(root, rows), value=-float(options["lr"]))
 
-    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
-        from sparsemem.kernels.gpu.row_steps import step_adagrad
-
-        step_adagrad(table, gradient, state, options)
+    def _launch(
+        self, steps: Any, table: Tensor, gradient: RowGradient, state: State, options: Options
+    ) -> Tensor | None:
+        return steps.step_adagrad(table, gradient, state, options)  # type: ignore[no-any-return]

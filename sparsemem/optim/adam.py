@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from sparsemem.optim.base import (
 from sparsemem.optim.options import check_above_zero, check_betas, check_range
 
 if TYPE_CHECKING:
-    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
+    from sparsemem.kernels.row_gradient import Gradient as RowGradient
 
 
 class RowAdam(RowOptimizer):
@@ -101,10 +101,10 @@ class RowAdam(RowOptimizer):
         root = square.div(_correction(beta2, count)).sqrt_().add_(options["eps"])
         rows.addcdiv_(mean.div(_correction(beta1, count)), root, value=-lr)
 
-    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
-        from sparsemem.kernels.gpu.row_steps import step_adam
-
-        step_adam(table, gradient, state, options, self.decoupled)
+    def _launch(
+        self, steps: Any, table: Tensor, gradient: RowGradient, state: State, options: Options
+    ) -> Tensor | None:
+        return steps.step_adam(table, gradient, state, options, self.decoupled)  # type: ignore[no-any-return]
 
 
 class RowAdamW(RowAdam):

@@ -18,13 +18,20 @@ from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of, zeros
 from sparsemem.bank.watching import is_table, tell
 from sparsemem.checks import check_size
-from sparsemem.optim.gradients import Change, check_gradients, computing_dtype, make_change
+from sparsemem.kernels.row_gradient import sorted_gradient
+from sparsemem.optim.gradients import (
+    Change,
+    check_gradients,
+    computing_dtype,
+    make_change,
+    row_steps,
+)
 from sparsemem.optim.packing import pack, unpack
 from sparsemem.optim.remote import RemoteBank, steps_of
 from sparsemem.optim.rounding import round_stochastically
 
 if TYPE_CHECKING:
-    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
+    from sparsemem.kernels.row_gradient import Gradient as RowGradient
 
 State = dict[str, Tensor]
 Options = dict[str, Any]
@@ -40,9 +47,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
       read or written, with state a row. No step costs more for a larger table.
     - With a dense gradient: the ordinary dense update, which is the same equations for all of it.
 
-    On a GPU a kernel adds up, steps and rounds each row, and nothing waits but the check that all
-    gradients are finite; float64 parameters, stochastic rounding, rows of more than 16,384 numbers
-    and banks that have to be told of rows (a FAISS index, a folder) wait for which rows there are.
+    Where there is a kernel (`takes_entries`) it adds up, steps and rounds each row in one go. On a
+    GPU nothing waits then but the check that all gradients are finite; float64 parameters,
+    stochastic rounding, rows of more than 16,384 numbers and banks that have to be told of rows (a
+    FAISS index, a folder) wait for which rows there are.
 
     A bank's rows change under its write lock and its index is told; rows that are no longer
     trainable (removed or frozen since the backward pass) are left alone, and a removed row's
@@ -78,8 +86,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """One step of rows [n, ...] (or a whole parameter) and of their state, in place."""
 
     @abstractmethod
-    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
-        """`_update` of a table's rows by a kernel, from the entries of a row-sparse gradient."""
+    def _launch(
+        self, steps: Any, table: Tensor, gradient: RowGradient, state: State, options: Options
+    ) -> Tensor | None:
+        """`_update` of a table's rows, from the entries of a row-sparse gradient, by a kernel.
+
+        steps: a module of kernels (`row_steps`). Which rows were stepped, if that is known.
+        """
 
     def _reach(self, state: State, ids: Tensor) -> None:
         """Make pages for wide rows of state that are stepped for the first time, by `reach`."""
@@ -186,13 +199,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _step_bank(self, change: Change, bank: MemoryBank) -> None:
         ids, gradient = change.ids, change.gradient
+        if ids is not None and not len(ids):
+            return
         if not is_table(change.parameter):  # sub-keys of product keys
             self._step(change, ids, gradient)
             return
         if change.by_entry and ids is not None:
-            self._step_entries(change, ids, bank)
-            if len(ids):
-                tell(change.parameter, ids if bank.scans else torch.unique(ids))
+            stepped = self._step_entries(change, ids, bank)
+            if stepped is None:
+                stepped = ids if bank.scans else torch.unique(ids)
+            if len(stepped):
+                tell(change.parameter, stepped)
             return
         if ids is None:
             ids = torch.arange(len(gradient), device=gradient.device)
@@ -206,9 +223,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _step(self, change: Change, ids: Tensor | None, gradient: Tensor) -> None:
         if ids is None:
             self._step_whole(change)
+        elif not len(ids):
+            return
         elif change.by_entry:
             self._step_entries(change, ids, None)
-        elif len(ids):
+        else:
             self._step_rows(change, ids, gradient)
 
     def _step_rows(self, change: Change, ids: Tensor, gradient: Tensor) -> None:
@@ -222,17 +241,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for key, value in part.items():
             state[key].index_copy_(0, ids, value)
 
-    def _step_entries(self, change: Change, ids: Tensor, bank: MemoryBank | None) -> None:
-        """Step rows by a kernel, which leaves those of a bank alone that are not trainable now."""
-        from sparsemem.kernels.gpu.row_steps import sorted_gradient
+    def _step_entries(self, change: Change, ids: Tensor, bank: MemoryBank | None) -> Tensor | None:
+        """Step rows by a kernel, which leaves those of a bank alone that are not trainable now.
 
+        Which were stepped, if that is known.
+        """
         state = self._state_of(change, by_row=True)
         marks: list[Tensor | None] = [None, None, None]
         if bank is not None:
             book = bank.book
             marks = [book.live, book.frozen, None if book.selection is None else book.selected]
         gradient = sorted_gradient(ids, change.gradient, *marks)
-        self._launch(change.parameter, gradient, state, change.options)
+        steps = row_steps(change.parameter)
+        return self._launch(steps, change.parameter, gradient, state, change.options)
 
     def _step_whole(self, change: Change) -> None:
         parameter, gradient = change.parameter, change.gradient

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.triton_switch import use_triton
+from sparsemem.kernels import row_kernels_for
 
-WIDEST = 16_384  # numbers of a row that a kernel's program holds
+WIDEST = 16_384  # numbers of a row that a program of a GPU holds
 
 
 class Change(NamedTuple):
@@ -32,12 +33,25 @@ def computing_dtype(parameter: Tensor) -> torch.dtype:
 
 def takes_entries(parameter: Tensor, options: dict[str, Any]) -> bool:
     """Whether a kernel adds up a row's gradients and steps it, so that nobody counts the rows."""
+    if not parameter.is_contiguous() or 0 in parameter.stride():  # 0: its rows are elsewhere
+        return False
+    if parameter.device.type == "cpu" and not use_triton(parameter):
+        return row_kernels_for(parameter.dtype) is not None
     if not use_triton(parameter) or computing_dtype(parameter) != torch.float32:
         return False
     if options.get("rounding_seed") is not None and parameter.dtype == torch.bfloat16:
         return False
     width = parameter.numel() // max(1, len(parameter))
-    return parameter.is_contiguous() and width <= WIDEST
+    return width <= WIDEST
+
+
+def row_steps(parameter: Tensor) -> Any:
+    """The module of the kernels that step its rows, where it `takes_entries`."""
+    if use_triton(parameter):
+        from sparsemem.kernels.gpu import row_steps as steps
+    else:
+        from sparsemem.kernels import row_steps as steps
+    return steps
 
 
 def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change:
@@ -57,7 +71,7 @@ def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change
             kind += f" with {gradient.sparse_dim()} sparse dimensions"
         raise TypeError(f"the gradient of {name} is {kind}, expected dense or sparse_coo with 1")
     if takes_entries(parameter, options):
-        ids, values = gradient._indices()[0], gradient._values()
+        ids, values = gradient._indices()[0].contiguous(), gradient._values()
         return Change(name, parameter, options, ids, values, by_entry=True)
     # Added up in the computing dtype: a bfloat16 sum would lose its small terms.
     whole = gradient.to(dtype).coalesce()

@@ -11,7 +11,7 @@ from sparsemem.optim.base import Options, RowOptimizer, State, zeros_like_rows
 from sparsemem.optim.options import check_range
 
 if TYPE_CHECKING:
-    from sparsemem.kernels.gpu.row_steps import Gradient as RowGradient
+    from sparsemem.kernels.row_gradient import Gradient as RowGradient
 
 
 class RowSGD(RowOptimizer):
@@ -71,7 +71,7 @@ class RowSGD(RowOptimizer):
             gradient = gradient.add(velocity, alpha=momentum) if options["nesterov"] else velocity
         rows.sub_(gradient, alpha=float(options["lr"]))
 
-    def _launch(self, table: Tensor, gradient: RowGradient, state: State, options: Options) -> None:
-        from sparsemem.kernels.gpu.row_steps import step_sgd
-
-        step_sgd(table, gradient, state, options)
+    def _launch(
+        self, steps: Any, table: Tensor, gradient: RowGradient, state: State, options: Options
+    ) -> Tensor | None:
+        return steps.step_sgd(table, gradient, state, options)  # type: ignore[no-any-return]

@@ -90,13 +90,18 @@ def test_a_durable_bank_is_told_of_keys_and_values():
 
 def test_rows_change_under_the_write_lock(monkeypatch):
     bank, held = make_bank(), []
-    real = RowSGD._update
 
-    def update(self, *args):
-        held.append(bank.table.lock._writer is not None)
-        real(self, *args)
+    def noting(name):
+        real = getattr(RowSGD, name)
 
-    monkeypatch.setattr(RowSGD, "_update", update)
+        def note(self, *args):
+            held.append(bank.table.lock._writer is not None)
+            return real(self, *args)
+
+        monkeypatch.setattr(RowSGD, name, note)
+
+    noting("_update")
+    noting("_launch")
     dense = table()
     optimiser = RowSGD([bank.keys, dense])
     bank.keys.grad = sparse([5], torch.randn(1, W, dtype=torch.float64), N)

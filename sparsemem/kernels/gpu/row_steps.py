@@ -12,39 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.kernels.gpu.equations import kernel
 from sparsemem.kernels.gpu.rows import is_first, segment_sum
-
-
-class Gradient(NamedTuple):
-    """Entries of a row-sparse gradient, sorted by row, and which rows may be stepped."""
-
-    ids: Int[Tensor, " n"]  # ascending; a row may have several
-    order: Int[Tensor, " n"]  # where each entry's values are
-    values: Float[Tensor, "n ..."]
-    live: Bool[Tensor, " N"] | None  # None: all rows may be
-    frozen: Bool[Tensor, " N"] | None
-    selected: Bool[Tensor, " N"] | None  # None: nobody selected any
-
-
-def sorted_gradient(
-    ids: Tensor,
-    values: Tensor,
-    live: Tensor | None,
-    frozen: Tensor | None,
-    selected: Tensor | None,
-) -> Gradient:
-    """Entries of rows as the kernels take them."""
-    ids, order = torch.sort(ids, stable=True)
-    return Gradient(ids, order, values.contiguous(), live, frozen, selected)
+from sparsemem.kernels.row_gradient import Gradient
 
 
 @kernel
