@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import MISSING, Found
+from sparsemem.indexes.compiling import changed_rows
 from sparsemem.indexes.exact import BLOCK_ROWS, best_rows, upper_bounds
+from sparsemem.indexes.kinds import to_faiss
+from sparsemem.indexes.lists import squares
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -33,7 +37,7 @@ class Buffer:
         self.table = table
         self.count = self.waiting = 0
         self.marked = 0  # rows so far, as often as they changed
-        self._changes = 0
+        self.changes = 0  # calls of `mark`
         # By row, lazily zero: one more than its place; its latest change; whether it waits.
         self.place = np.zeros(table.num_rows, np.int32)
         self.marks = np.zeros(table.num_rows, np.int64)
@@ -61,21 +65,33 @@ class Buffer:
 
     def mark(self, ids: Any) -> None:
         """Rows [n] (numpy, distinct) have changed."""
+        self.changes += 1
+        self.marked += len(ids)
+        self._reserve(self.count + len(ids))
+        idle = self._mark(ids)
+        self.waiting += len(idle)
+        self._enqueue(idle)
+
+    def _mark(self, ids: Any) -> Any:
+        """Place rows, and say which of them did not wait before."""
+        rows, loops = self.table.take(self._tensor(ids)), self._loops()
+        if loops is not None:
+            idle = np.empty_like(ids)
+            held = (self.place, self.marks, self.waits, self._ids, self._rows.numpy())
+            made = loops.mark(ids, rows.numpy(), self.changes, self.count, *held, idle)
+            self.count = made[0]
+            return idle[: made[1]]
         new = ids[self.place[ids] == 0]
         end = self.count + len(new)
-        self._reserve(end)
         self._ids[self.count : end] = new
         self.place[new] = np.arange(self.count + 1, end + 1)
         self.count = end
         places = self._tensor(self.place[ids].astype(np.int64) - 1)
-        self._rows.index_copy_(0, places, self.table.take(self._tensor(ids)))
-        self.marked += len(ids)
-        self._changes += 1
-        self.marks[ids] = self._changes
+        self._rows.index_copy_(0, places, rows)
+        self.marks[ids] = self.changes
         idle = ids[~self.waits[ids]]
         self.waits[idle] = True
-        self.waiting += len(idle)
-        self._enqueue(idle)
+        return idle
 
     def waiting_longest(self, count: int) -> Any:
         """The ids of `count` rows that have waited longest, or of all; they go on waiting."""
@@ -99,6 +115,11 @@ class Buffer:
 
     def drop(self, ids: Any) -> None:
         """Rows [n] (distinct) that are here leave."""
+        if (loops := self._loops()) is not None:
+            held = (self.place, self.waits, self._ids, self._rows.numpy())
+            self.count, waited = loops.drop(ids, self.count, *held)
+            self.waiting -= waited
+            return
         self.rest(ids)
         count = self.count - len(ids)
         holes = self.place[ids].astype(np.int64) - 1
@@ -112,6 +133,22 @@ class Buffer:
         self.place[moved] = holes + 1
         self._rows.index_copy_(0, self._tensor(holes), self._rows[self._tensor(stay)])
         self.count = count
+
+    def look(self, metric: Metric, ids: Any, lists: Any, centroids: Any) -> tuple[Any, Any]:
+        """Rows [n] that are here as FAISS sees them, and how far they are from centroids.
+
+        Vectors [n, W] and the squared distances [n] from the centroids [L, W] of `lists` [n].
+        """
+        if (loops := self._loops()) is not None:
+            vectors = np.empty((len(ids), self.table.width), np.float32)
+            given = (ids, self.place, self._rows.numpy(), lists, centroids)
+            return vectors, loops.look(*given, metric is Metric.cosine, vectors)
+        vectors = to_faiss(self.table.take(self._tensor(ids)), metric)
+        return vectors, squares(vectors, centroids[lists])
+
+    def _loops(self) -> ModuleType | None:
+        """Compiled ones, where these are for the rows."""
+        return changed_rows() if self._rows.device.type == "cpu" else None
 
     def scan(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
         """The k best of the rows, exactly: by score, then id."""

@@ -13,6 +13,7 @@ from sparsemem.indexes.buffer import Buffer
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
     Knob,
+    encodes_quickly,
     enter_in_place,
     faiss_module,
     from_numpy,
@@ -37,6 +38,7 @@ START_EFFORT = 16
 BUILD_CHUNK = 16_384  # rows read at once
 LEAST_TRAINING = 10_000
 NOWHERE = -1
+FARTHER = 1.05  # times the squared distance at which a list was chosen: it need not be again
 MOST_STRAYS = 0.25  # of the live rows: a scan of more would be dearer than looking harder
 
 
@@ -62,6 +64,7 @@ class Prepared(NamedTuple):
     vectors: Any  # [n, W]
     lists: Any  # [n]; None: the index says
     far: Any  # bool [n]: strays
+    chosen: Any  # [n]: squared distances of those whose lists were looked for, else as they were
 
 
 class Abandoned(Exception):
@@ -76,7 +79,7 @@ class Derivation(ABC):
     setting: Setting
     knob: Knob
     holds: bool  # the floor of the recall, at that setting
-    absorbed: int  # rows changed since it was built
+    absorbed: int  # rows that came or took another place since it was built
     buffer: Any  # a Buffer or a DeviceBuffer
 
     @property
@@ -102,6 +105,12 @@ class Derivation(ABC):
     def buffered(self) -> tuple[int, int]:
         """Rows in the buffer, exactly, and how many of them are strays."""
         return int(self.buffer.count), int(self.buffer.strays)
+
+    def settle(self) -> None:  # noqa: B027 (only `Derived` has rows that stay where they are)
+        """Enter what was changed since the last call and belongs where its entry is.
+
+        Under the table's write lock.
+        """
 
     def absorb(self, count: int) -> None:
         """Take the `count` rows that were changed longest ago into the index, but for strays."""
@@ -149,8 +158,10 @@ class Derived(Derivation):
 
     Rows are absorbed in three parts, so that searches and writers hardly wait: `begin` says which,
     `prepare`, without any lock, finds their lists, `finish` enters those that were not changed
-    meanwhile. A *stray* is a row so far from every list's centroid that no
-    search would find it without looking through many lists: it stays in the buffer.
+    meanwhile. Most rows move little and need no search for their lists: `settle` enters those
+    that are as near to their lists' centroids as is usual, or as they were before, in one go. A
+    *stray* is a row so far from every list's centroid that no search would find it without looking
+    through many lists: it stays in the buffer.
     """
 
     buffer: Buffer
@@ -167,8 +178,12 @@ class Derived(Derivation):
         # Lazily zero: one more than the label, so that 0 is none.
         self.label_of = np.zeros(table.num_rows, np.int64)
         self.row_of = np.empty(0, np.int64)
+        # Squared distance of a row from its list's centroid when the list was chosen; 0: not known.
+        self.chosen = np.zeros(table.num_rows, np.float32)
         self.buffer = Buffer(table)
-        self.absorbed = 0  # rows changed since it was built
+        self.absorbed = 0  # rows that came or took another place since it was built
+        self._settles = False  # from when it is built on, where codes are quickly made
+        self._settled = 0  # changes of the buffer that were looked at
         self.lists: Lists | None = None
         self._quantisers: tuple[Any, ...] = ()  # kept alive
 
@@ -201,6 +216,7 @@ class Derived(Derivation):
             self._add(ids.numpy(), self._vectors(ids.to(self.table.live.device)))
         if self._quantisers:
             self._quantisers[-1].nprobe = ASSIGNMENT_PROBES
+        self._settles = self.lists is not None and encodes_quickly(self.faiss)
 
     def mark(self, ids: Any) -> None:
         """Rows [n] (numpy, distinct) have changed: they are searched exactly until absorbed."""
@@ -209,6 +225,34 @@ class Derived(Derivation):
     def forget(self, ids: Any) -> None:
         """Rows [n] (numpy, distinct) are no longer live."""
         self.buffer.drop(ids[self.buffer.holds(ids)])
+
+    def settle(self) -> None:
+        """Enter what was changed since the last call and belongs where its entry is."""
+        since, self._settled = self._settled, self.buffer.changes
+        if not self._settles or self.lists is None:
+            return
+        ids = self.buffer.waiting_longest(self.buffer.waiting)
+        ids = ids[(self.buffer.marks[ids] > since) & (self.label_of[ids] > 0)]
+        labels = self.label_of[ids] - 1
+        lists = self.lists.of(labels)
+        vectors, squares = self.buffer.look(self.metric, ids, lists, self.lists.centroids)
+        near = self._stay(ids, labels, lists, squares)
+        enter_in_place(self.faiss, labels[near], vectors[near], lists[near])
+        self.buffer.drop(ids[near])
+
+    def _stay(self, ids: Any, labels: Any, lists: Any, squares: Any) -> Any:
+        """Which rows [n] are as near to their lists as is usual, or as they were when these were
+        chosen, which the entries then tell that were there before.
+        """
+        assert self.lists is not None
+        near = squares <= self.lists.usual
+        others = np.flatnonzero(~near)
+        new = others[self.chosen[ids[others]] == 0]
+        if len(new):
+            before = self.faiss.reconstruct_batch(labels[new])
+            self.chosen[ids[new]] = self.lists.squares(before, lists[new])
+        near[others] = squares[others] <= FARTHER * self.chosen[ids[others]]
+        return near
 
     def begin(self, count: int) -> Batch:
         """Rows to absorb: under the table's write lock."""
@@ -226,22 +270,26 @@ class Derived(Derivation):
         """
         vectors = self._vectors(from_numpy(batch.ids, self.table.live))
         if self.lists is None or not len(vectors):
-            return Prepared(batch, vectors, None, np.zeros(len(vectors), np.bool_))
+            return Prepared(batch, vectors, None, np.zeros(len(vectors), np.bool_), None)
         lists, squares = batch.lists.copy(), self.lists.squares(vectors, batch.lists)
         moved = (lists == NOWHERE) | (squares > self.lists.usual)  # the others stay in their lists
+        chosen = self.chosen[batch.ids]
         if moved.any():
             lists[moved], squares[moved] = self.lists.nearest(vectors[moved])
-        return Prepared(batch, vectors, lists, squares > self.lists.reach)
+            chosen[moved] = squares[moved]
+        return Prepared(batch, vectors, lists, squares > self.lists.reach, chosen)
 
     def finish(self, prepared: Prepared) -> None:
         """Enter what was not changed meanwhile and does not stray: under the write lock."""
-        (ids, marks, _), vectors, lists, far = prepared
+        (ids, marks, _), vectors, lists, far, chosen = prepared
         same = (marks == self.buffer.marks[ids]) & self.buffer.holds(ids)
         near = same
         if self.buffer.count <= MOST_STRAYS * self.table.num_live:
             near = same & ~far
             self.buffer.rest(ids[same & far])
         ids, vectors, lists = ids[near], vectors[near], None if lists is None else lists[near]
+        if chosen is not None:
+            self.chosen[ids] = chosen[near]
         labels = self.label_of[ids] - 1
         known = labels >= 0 if self.in_place else np.zeros(len(ids), np.bool_)
         if known.any():
@@ -287,7 +335,7 @@ class Derived(Derivation):
             code = self.faiss.sa_code_size()
         except RuntimeError:
             code = 4 * self.table.width
-        known = self.entries * (int(code) + 8 + 8) + self.table.extent * 8
+        known = self.entries * (int(code) + 8 + 8) + self.table.extent * 12
         return known + self.buffer.num_bytes()
 
     def _proposals(self, vectors: Any, wanted: int, effort: int) -> tuple[Any, Any]:

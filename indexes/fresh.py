@@ -23,7 +23,7 @@ from sparsemem.indexes.upkeep import Upkeep
 
 # Changed rows that are scanned, by one product, and live rows below which a scan is as fast: on
 # the host and on a GPU.
-BUFFER_ROWS, DEVICE_BUFFER_ROWS = 512, 16_384
+BUFFER_ROWS, DEVICE_BUFFER_ROWS = 256, 16_384
 EXACT_BELOW, DEVICE_EXACT_BELOW = 16_384, 131_072
 FEW = 4_096  # rows of the buffer of which it pays to look at those alone that are good enough
 
@@ -48,7 +48,7 @@ class FreshIndex(Index):
             Between a drift and the tuning or training that answers it recall can be lower.
         background: False: upkeep runs within the calls that make it due, which is
             deterministic.
-        buffer_rows: changed rows beyond which they are absorbed. Default: 512; on a GPU 16,384.
+        buffer_rows: changed rows beyond which they are absorbed. Default: 256; on a GPU 16,384.
         exact_below: live rows below which every search is a scan. Default: 16,384, on a GPU
             131,072, or 4 a list.
     """

@@ -78,6 +78,12 @@ def updates_in_place(index: Any) -> bool:
     return isinstance(index, faiss_module().IndexIVF) and "FastScan" not in type(index).__name__
 
 
+def encodes_quickly(index: Any) -> bool:
+    """Whether vectors can be changed in place for less than it takes to look for their lists."""
+    faiss = faiss_module()
+    return isinstance(index, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer)
+
+
 def enter_in_place(index: Any, labels: Any, vectors: Any, lists: Any = None) -> None:
     """Change the vectors [n, W] of labels [n]; `lists` [n], where known, are those they belong to.
 

@@ -16,12 +16,18 @@ MEASURED = 16_384  # training rows whose distances are taken
 QUARTILES, SPANS, LEAST = (0.5, 0.75), 4.0, 1.25
 
 
+def squares(vectors: Any, others: Any) -> Any:
+    """Squared distances [n] of vectors [n, W] from others [n, W]."""
+    away = vectors - others
+    return np.einsum("nw,nw->n", away, away)
+
+
 class Lists:
     """The lists of a trained `IndexIVF`, by their centroids."""
 
     def __init__(self, index: Any, centroids: Any, training: Any) -> None:
         self._index, self._thorough = index, thorough_assignment(index)
-        self._centroids, self._squares = centroids, np.einsum("lw,lw->l", centroids, centroids)
+        self.centroids, self._squares = centroids, np.einsum("lw,lw->l", centroids, centroids)
         some = training[:: max(1, len(training) // MEASURED)]
         self.reach = np.inf
         middle, upper = np.quantile(self.nearest(some)[1], QUARTILES)
@@ -52,8 +58,7 @@ class Lists:
 
     def squares(self, vectors: Any, lists: Any) -> Any:
         """Squared distances of vectors [n, W] from the centroids of given lists [n]."""
-        away = vectors - self._centroids[lists]
-        return np.einsum("nw,nw->n", away, away)
+        return squares(vectors, self.centroids[lists])
 
     def of(self, labels: Any) -> Any:
         """The lists [n] that labels [n] are in; of an index with a direct map."""

@@ -85,6 +85,8 @@ class Upkeep:
         self._changes += count
         self._changed += count
         index, current = self.index, self.index.current
+        if current is not None and current.buffer.waiting > index.buffer_rows:
+            self._guarded("settle", current.settle)
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else LENIENT)
         if current is not None and current.buffer.waiting > limit:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sparsemem.indexes import buffer, exact
 from sparsemem.indexes.buffer import Buffer
 from sparsemem.indexes.exact import ExactIndex
+from sparsemem.indexes.kinds import to_faiss
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -30,9 +31,11 @@ operations = st.lists(
 )
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
+@pytest.fixture(autouse=True, params=["auto", "reference"])
+def _small(request, monkeypatch):
+    """Compiled loops and those in numpy, in little room at first."""
     monkeypatch.setattr(buffer, "FIRST_CAPACITY", 2)
+    monkeypatch.setenv("SPARSEMEM_KERNELS", request.param)
 
 
 @settings(max_examples=150, deadline=None)
@@ -121,3 +124,22 @@ def test_the_queue_does_not_grow_with_rows_that_come_and_go():
     assert sum(map(len, tested._queue)) == tested._queued <= 2 * 2 + 2  # two waited last
     assert len(tested._queue) <= 6
     assert tested.waiting_longest(9).tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_a_look_at_rows_is_what_faiss_sees_of_them(metric, dtype):
+    rows = torch.randn(N, W).to(dtype)
+    rows[3, 1], rows[4], rows[5, 0] = torch.nan, 0, torch.inf
+    table = RowTable(rows, torch.ones(N, dtype=torch.bool))
+    tested, ids = Buffer(table), np.array([9, 3, 0, 4, 5])
+    tested.mark(np.arange(2, 20))
+    tested.mark(np.array([0]))
+    tested.drop(np.array([2, 7]))
+    centroids = np.random.default_rng(1).standard_normal((6, W)).astype(np.float32)
+    lists = np.array([5, 0, 1, 1, 2])
+    vectors, squares = tested.look(metric, ids, lists, centroids)
+    expected = to_faiss(table.take(torch.from_numpy(ids)), metric)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
+    away = expected - centroids[lists]
+    np.testing.assert_allclose(squares, (away * away).sum(1), rtol=1e-5)

@@ -13,6 +13,7 @@ import sparsemem.indexes.derived as derived_module
 from sparsemem.indexes.derived import Derived
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.indexes.factory import make_index
+from sparsemem.indexes.kinds import to_faiss
 from sparsemem.indexes.metrics import Metric
 from tests.oracles.fresh_index import LISTS, K, N, W, agreement, clustered, make, table_of, wait_for
 
@@ -214,3 +215,74 @@ def test_stats_are_of_this_moment():
     assert stats["bytes"] > N * W * 4
     sizes = [index.current.faiss.invlists.list_size(i) for i in range(16)]
     assert stats["imbalance"] == pytest.approx(16 * np.square(sizes).sum() / N**2)
+
+
+def lists_and_vectors(index, ids):
+    """Where rows' entries are, and the vectors that are there."""
+    labels = index.current.label_of[ids] - 1
+    return index.current.lists.of(labels), index.current.faiss.reconstruct_batch(labels)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("name", [LISTS, "IVF16,SQ8"])
+def test_rows_that_move_little_are_entered_without_a_search_for_their_lists(
+    name, kernels, monkeypatch
+):
+    monkeypatch.setenv("SPARSEMEM_KERNELS", kernels)
+    index, ids = make(name, buffer_rows=30, min_recall=None), np.arange(40)
+    lists, _ = lists_and_vectors(index, ids)
+    rows = index.table.rows[:40] + 0.001 * torch.randn(40, W)
+
+    def fail(vectors):
+        raise AssertionError("a search for lists")
+
+    monkeypatch.setattr(index.current.lists, "nearest", fail)
+    index.update(torch.arange(20), rows[:20])
+    assert index.stats()["buffered"] == 20
+    index.update(torch.arange(20, 40), rows[20:])
+    assert index.stats()["buffered"] == 0
+    now, vectors = lists_and_vectors(index, ids)
+    assert np.array_equal(now, lists)
+    error = 1e-6 if name == LISTS else 0.02
+    np.testing.assert_allclose(vectors, to_faiss(rows, index.metric), atol=error)
+    index.current.setting = index.current.setting._replace(effort=16)
+    assert agreement(index, rows) == 1.0
+
+
+def test_rows_that_move_far_wait_for_a_list_of_their_own():
+    index = make(buffer_rows=30, min_recall=None)
+    index.upkeep._failed_after = 10**9  # no rebuild
+    rows, ids = clustered(40, seed=9), np.arange(40)
+    index.update(torch.arange(40), rows)
+    current = index.current
+    assert current.absorbed > 0
+    lists, _ = lists_and_vectors(index, ids)
+    nearest, _ = current.lists.nearest(to_faiss(rows, index.metric))
+    squares = current.lists.squares(to_faiss(rows, index.metric), lists)
+    entered = ~current.buffer.holds(ids)
+    assert entered.any()
+    assert ((lists == nearest) | (squares <= current.lists.usual))[entered].all()
+
+
+def test_a_row_that_creeps_away_changes_its_list():
+    index = make(buffer_rows=1, min_recall=None)
+    index.upkeep._failed_after = 10**9  # no rebuild
+    everywhere, _ = lists_and_vectors(index, np.arange(N))
+    before = everywhere[:2]
+    others = [np.flatnonzero(everywhere != own)[0] for own in before]
+    start, goal = index.table.rows[:2].clone(), index.table.rows[others].clone()
+    for step in range(1, 101):
+        index.update(torch.arange(2), torch.lerp(start, goal, step / 100))
+    index.current.absorb(2)
+    lists, vectors = lists_and_vectors(index, np.arange(2))
+    nearest, _ = index.current.lists.nearest(vectors)
+    near = index.current.lists.squares(vectors, lists) <= index.current.lists.usual
+    assert (lists != before).all()
+    assert ((lists == nearest) | near).all()
+
+
+def test_codes_that_take_long_are_left_to_the_background():
+    index = make("IVF16,PQ4np", buffer_rows=10_000, min_recall=None)
+    index.update(torch.arange(40), index.table.rows[:40] + 0.001)
+    index.current.settle()
+    assert index.stats()["buffered"] == 40

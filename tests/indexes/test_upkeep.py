@@ -243,7 +243,9 @@ def test_trained_anew_after_growth_wear_and_crowding():
     index.update(torch.arange(100, 300), rows[100:300])
     assert index.stats()["rebuilds"] == 2  # more than twice the rows
     index.buffer_rows = 1
-    index.update(torch.arange(160), rows[:160])
+    index.update(torch.arange(200), rows[:200])
+    assert index.stats()["rebuilds"] == 2  # all of them are where they were
+    index.update(torch.arange(200), rows[1000:1200])
     assert index.stats()["rebuilds"] == 3  # more than half of them replaced
     index.remove(torch.arange(100, 200))
     assert index.stats()["rebuilds"] == 4  # too many entries of rows that are gone
