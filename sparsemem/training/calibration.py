@@ -2,7 +2,8 @@
 
 Sizes that would take too long, or too much memory, are cut down, and the time is extrapolated by
 the line through the cut size and half of it: a step's time is a constant and a part that grows with
-the steps, the sequences, and the numbers that a memory of that many slots holds.
+the steps, the sequences, and the numbers that a memory of that many slots holds, or the rows of a
+bank that are scanned. (A bank of a FAISS index counts as one of at most 65,536 rows.)
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import NamedTuple
 
 import torch
 
+from sparsemem.indexes.factory import EXACT
 from sparsemem.models.base import Cell
 from sparsemem.models.dense import DenseCell
 from sparsemem.models.dnc import DNCCell
 from sparsemem.tasks import Batch, Task
+from sparsemem.training.bankplan import PROBE_ROWS
 from sparsemem.training.bptt import train_batch
 from sparsemem.training.config import Config
 from sparsemem.training.dryrun import is_sparse, linear
-from sparsemem.training.optimisers import make_optimiser
+from sparsemem.training.optimisers import make_optimisers
 from sparsemem.training.plan import Lengths, Planned, Seconds, model_on
 from sparsemem.training.setup import as_trained, device_of
 
@@ -60,8 +63,13 @@ def _step_seconds(config: Config, task: Task, lengths: Lengths) -> float:
     """Seconds of a step on sequences of mean length, with its optimiser steps."""
     cell = model_on(torch.device("meta"), config, task).cell
     slots = int(config.model.options.get("num_slots", 1))
+    if config.bank is not None:  # what searching in a FAISS index takes does not grow so simply
+        rows = config.bank.num_rows
+        slots = rows if config.bank.index == EXACT else min(rows, PROBE_ROWS)
     wanted = Sizes(config.training.batch_size, round(lengths.mean), cell.hidden_size, slots)
     cut = _cut(cell, wanted)
+    if config.bank is not None:
+        cut = cut._replace(slots=min(slots, PROBE_ROWS))
     changes = _changes(cell, wanted, cut)
     short = cut._replace(steps=max(1, cut.steps // 2))
     times = _timed(config, task, [cut, short, *(change.smaller for change in changes)])
@@ -114,7 +122,7 @@ def _changes(cell: Cell, wanted: Sizes, cut: Sizes) -> list[Change]:
 
 def _work(cell: Cell, name: str, sizes: Sizes) -> float:
     """What time is linear in, of one size."""
-    if name == "slots":
+    if name == "slots" and isinstance(cell, DenseCell):
         return _numbers(cell, sizes.slots)
     value = float(getattr(sizes, name))
     return value * value if name == "hidden" else value
@@ -170,12 +178,12 @@ def _timed(config: Config, task: Task, all_sizes: list[Sizes]) -> dict[Sizes, fl
 def _training_step(config: Config, task: Task, sizes: Sizes) -> Callable[[], object]:
     """A training step of a model of these sizes."""
     changes = {"hidden_size": sizes.hidden}
-    if "num_slots" in config.model.options:
+    if "num_slots" in config.model.options or config.bank is not None:
         changes["num_slots"] = sizes.slots
     device = device_of(config)
-    plain = model_on(device, config, task, **changes)
+    plain = model_on(device, config, task, indexed=True, **changes)
     model = as_trained(config, plain) if config.training.truncate is None else plain
-    optimiser = make_optimiser(config.training.optimizer, model.parameters())
+    optimiser = make_optimisers(config, model)
     batch = _sequences(config, task, sizes).to(device)
     clip = config.training.gradient_clip
     return lambda: train_batch(model, task, optimiser, batch, None, clip)

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sparsemem.models.base import Cell, MemoryModel
+from sparsemem.models.memory_lstm import MemoryLSTMCell
 from sparsemem.models.sam import SAMCell
 from sparsemem.models.sdnc import SDNCCell
+from sparsemem.training.banks import dense_parameters
 
 STEPS = (6, 12)  # that are run where a chunk has more
 PROBE_BATCH = 16  # sequences of sparse models that are run where there are more
@@ -50,6 +52,8 @@ class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return  # what a sparse tensor is made of was counted
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages or key in self._known:
@@ -74,7 +78,7 @@ class StepSizes(NamedTuple):
 
 def is_sparse(cell: Cell) -> bool:
     """Whether which rows are touched depends on values, so that a meta run cannot tell."""
-    return isinstance(cell, SAMCell)
+    return isinstance(cell, SAMCell | MemoryLSTMCell)
 
 
 class Pass(NamedTuple):
@@ -91,9 +95,9 @@ def run_pass(model: MemoryModel, batch: int, steps: int, training: bool = True) 
 
     Gradients of an earlier pass are there at first, as in a training loop, and count too.
     """
-    weight = model.output.weight
-    with torch.set_grad_enabled(training), AllocationMeter(model.parameters()) as meter:
-        gradients = [torch.empty_like(p) for p in model.parameters()] if training else []
+    weight, known = model.output.weight, [*model.parameters(), *model.buffers()]
+    with torch.set_grad_enabled(training), AllocationMeter(known) as meter:
+        gradients = [torch.empty_like(p) for p in dense_parameters(model)] if training else []
         output, grown = _forward(model, weight.new_zeros(batch, steps, model.input_size))
         gradients.clear()
         if training:
@@ -111,6 +115,8 @@ def _forward(model: MemoryModel, input: Tensor) -> tuple[Tensor, tuple[int, int,
     """
     if is_sparse(model.cell):
         output, state = model(input)
+        if not isinstance(model.cell, SAMCell):
+            return output, (0, 0, 0)
         links = state.links.follows.ids.shape[2] if isinstance(model.cell, SDNCCell) else 0
         return output, (state.episode.extent, state.episode.capacity, links)
     state, features = model.initial_state(len(input)), []
@@ -196,13 +202,17 @@ def doubled(capacity: int, needed: int) -> int:
 
 
 def optimiser_bytes(optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[int, int]:
-    """Bytes of an optimiser's state, and of its temporaries at the peak of a step, on meta."""
-    for parameter in model.parameters():
+    """Bytes of an optimiser's state, and of its temporaries at the peak of a step, on meta.
+
+    Of all parameters but a bank's rows.
+    """
+    parameters = dense_parameters(model)
+    for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    with AllocationMeter([*model.parameters(), *gradients]) as meter:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    with AllocationMeter([*parameters, *gradients]) as meter:
         optimiser.step()
     state = meter.alive
-    for parameter in model.parameters():
+    for parameter in parameters:
         parameter.grad = None
     return state, meter.peak - state

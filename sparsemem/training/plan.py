@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.registry import make_model
 from sparsemem.tasks import Task
+from sparsemem.training.bankplan import PROBE_ROWS, BankBytes, bank_bytes, probe_bank
+from sparsemem.training.banks import check_bank_section, dense_parameters
 from sparsemem.training.config import Config
 from sparsemem.training.curriculum import make_curriculum
 from sparsemem.training.dryrun import (
@@ -23,7 +25,7 @@ from sparsemem.training.dryrun import (
 )
 from sparsemem.training.errors import ConfigError, section_errors
 from sparsemem.training.optimisers import make_optimiser
-from sparsemem.training.setup import build_task, device_of, dtype_of, resolve
+from sparsemem.training.setup import build_task, device_of, dtype_of, placed, resolve
 
 MEMORY_INFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 STATUS = Path("/proc/self/status")
@@ -31,6 +33,7 @@ LOW_LEVELS = (64, 128)  # beyond them lengths are extrapolated: sequences may be
 DRAWS, BATCHES = 32, 4
 MANIFEST_BYTES, RANDOM_STATE_BYTES, RECORD_BYTES = 8_192, 5_056, 256
 PROBE_HIDDEN = (128, 256)  # of sparse models that have more: activations are linear in it
+SIZES_OF_BANK = {"num_slots": "num_rows", "slot_dim": "width"}  # that a model has from its bank
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -55,6 +58,8 @@ class Memory(BaseModel):
     gradients: int
     optimiser: int
     memory: int  # of the slots touched by sparse models, with the buffer of their gradient
+    bank: int = 0  # rows, what is known of each, and the index
+    row_optimiser: int = 0  # state of what steps the rows
     activations: int
     graphs: int  # what CUDA graphs keep for themselves, beside what sequences take that run plainly
     data: int
@@ -65,7 +70,7 @@ class Memory(BaseModel):
     @property
     def step(self) -> int:
         """Tensors at the peak of a training step."""
-        held = self.parameters + self.gradients + self.optimiser
+        held = self.parameters + self.gradients + self.optimiser + self.bank + self.row_optimiser
         return held + self.memory + self.activations + self.graphs + self.data
 
     @property
@@ -75,9 +80,11 @@ class Memory(BaseModel):
 
     def sum(self) -> str:
         """The peak of a training step as a sum, largest first, without what is nothing."""
-        names = ("parameters", "gradients", "optimiser", "memory", "activations", "graphs", "data")
+        names = ("parameters", "gradients", "optimiser", "memory", "bank", "row_optimiser")
+        names += ("activations", "graphs", "data")
         parts = sorted(((getattr(self, name), name) for name in names), reverse=True)
-        shown = " + ".join(f"{name} {show_bytes(size)}" for size, name in parts if size)
+        sizes = ((name.replace("_", " "), show_bytes(size)) for size, name in parts if size)
+        shown = " + ".join(f"{name} {size}" for name, size in sizes)
         return f"{show_bytes(self.step)} = {shown}"
 
 
@@ -136,15 +143,17 @@ class Planned(NamedTuple):
 def plan_memory(config: Config) -> Planned:
     """Plan everything but time. ConfigError where the config is wrong, or too large to add up."""
     with torch.random.fork_rng(devices=[]):
+        check_bank_section(config)
         device = device_of(config)
         task = build_task(config, config.training.batch_size)
         model = empty_model(config, task)
         config = resolve(config, task)
         lengths = lengths_of(config, task)
-        memory, state = _memory(config, task, model, lengths)
+        rows = bank_bytes(config)
+        memory, state = _memory(config, task, model, lengths, rows)
     plan = Plan(
         memory=memory,
-        disk=_disk(config, memory.parameters + state),
+        disk=_disk(config, memory.parameters + state + rows.optimiser, rows.snapshot),
         network=Network(),
         longest_sequence=lengths.longest,
         machine_bytes=machine_bytes(device),
@@ -169,12 +178,23 @@ def empty_model(config: Config, task: Task) -> MemoryModel:
     return model_on(torch.device("meta"), config, task)
 
 
-def model_on(device: torch.device, config: Config, task: Task, **changes: int) -> MemoryModel:
-    """The config's model on a device, with some of its options changed."""
+def model_on(
+    device: torch.device, config: Config, task: Task, indexed: bool = False, **changes: int
+) -> MemoryModel:
+    """The config's model on a device, with some of its options changed.
+
+    Over a bank of few rows (`probe_bank`), as many as `num_slots` says if that is changed.
+    """
     sizes = {"input_size": task.input_size, "output_size": task.output_size}
+    options = {**config.model.options, **changes}
+    bank = probe_bank(config, changes.get("num_slots", PROBE_ROWS), device, indexed)
+    if bank is not None:
+        options = {key: value for key, value in options.items() if key not in SIZES_OF_BANK}
+        given = config.model.options
+        options |= {key: getattr(bank, of) for key, of in SIZES_OF_BANK.items() if key in given}
     with section_errors("model"), device:
-        model = make_model(config.model.name, **sizes, **{**config.model.options, **changes})
-    return model.to(dtype_of(config))
+        model = make_model(config.model.name, bank, **sizes, **options)
+    return placed(model, bank, device, dtype_of(config))
 
 
 # Sequences -----------------------------------------------------------------------------
@@ -210,11 +230,14 @@ def _length(task: Task, level: int) -> float:
 # Memory --------------------------------------------------------------------------------
 
 
-def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) -> tuple[Memory, int]:
-    """The parts of a training step's peak, and the bytes of the optimiser's state."""
+def _memory(
+    config: Config, task: Task, model: MemoryModel, lengths: Lengths, rows: BankBytes
+) -> tuple[Memory, int]:
+    """The parts of a training step's peak, and the bytes of the dense optimiser's state."""
     training = config.training
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    optimiser = make_optimiser(training.optimizer, model.parameters())
+    parameters = dense_parameters(model)
+    held = sum(parameter.nbytes for parameter in parameters)
+    optimiser = make_optimiser(training.optimizer, parameters)
     state, temporary = optimiser_bytes(optimiser, model)
     chunk = min(lengths.longest, training.truncate or lengths.longest)
     sizes = StepSizes(training.batch_size, chunk, lengths.longest)
@@ -224,18 +247,22 @@ def _memory(config: Config, task: Task, model: MemoryModel, lengths: Lengths) ->
     on_gpu = device.type == "cuda"
     # The optimiser's temporaries come when the activations are gone.
     activations = int(max(found.rest - held, temporary - found.memory))
+    of_bank = rows.rows + rows.index
+    kept = held + state + rows.optimiser
     captured = on_gpu and training.capture == "auto" and chunk == lengths.longest
     memory = Memory(
         parameters=held,
         gradients=held,
         optimiser=state,
         memory=int(found.memory),
+        bank=of_bank,
+        row_optimiser=rows.optimiser,
         activations=activations,
         graphs=activations + int(found.memory) if captured else 0,
         data=_data_bytes(config, task, sizes),
-        evaluation=int(held + state + sum(_pass_bytes(config, task, model, evaluated, False))),
+        evaluation=int(kept + of_bank + sum(_pass_bytes(config, task, model, evaluated, False))),
         # On the host all of it, a copy, and the file in memory, twice.
-        saving=int((1 if on_gpu else 4) * (held + state)),
+        saving=int((1 if on_gpu else 4) * kept + of_bank + rows.saving),
         libraries=taken_bytes(device) if on_gpu else process_bytes(),
     )
     return memory, state
@@ -248,12 +275,12 @@ def _pass_bytes(
     if not is_sparse(model.cell):
         return step_bytes(model, sizes, training)
     device, hidden = device_of(config), model.cell.hidden_size
-    held = sum(parameter.nbytes for parameter in model.parameters()) if training else 0
+    held = sum(parameter.nbytes for parameter in dense_parameters(model)) if training else 0
 
     def beyond(width: int) -> StepBytes:
         """With a controller of a width, without gradients."""
         probe = model_on(device, config, task, hidden_size=width)
-        gradients = sum(p.nbytes for p in probe.parameters()) if training else 0
+        gradients = sum(p.nbytes for p in dense_parameters(probe)) if training else 0
         found = step_bytes(probe, sizes, training)
         return found._replace(rest=found.rest - gradients)
 
@@ -274,7 +301,7 @@ def _data_bytes(config: Config, task: Task, sizes: StepSizes) -> int:
     return sizes.batch * (step * sizes.steps + rest)
 
 
-def _disk(config: Config, tensors: int) -> Disk:
+def _disk(config: Config, tensors: int, snapshot: int) -> Disk:
     training = config.training
     records = training.steps // training.log_every
     if training.evaluate_every is not None:
@@ -282,7 +309,7 @@ def _disk(config: Config, tensors: int) -> Disk:
     best = training.evaluate_every is not None  # kept beside the last ones
     saved = 1 + training.steps // training.checkpoint_every
     return Disk(
-        checkpoint=tensors + RANDOM_STATE_BYTES + MANIFEST_BYTES,
+        checkpoint=tensors + snapshot + RANDOM_STATE_BYTES + MANIFEST_BYTES,
         kept=min(training.keep_checkpoints + best, saved),
         metrics=records * RECORD_BYTES,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sparsemem.bench.measuring import profiling
@@ -42,9 +43,18 @@ MEANING = {
     "optimiser": "clipping and the optimiser's step",
     REST: "the loop over time and all else",
 }
+# Of cells, which are regions, too.
+PARTS = (
+    ("controller", "controller"),
+    ("lstm", "controller"),
+    ("interface", "layers"),
+    ("memory", "memory"),
+)
 # Functions that belong to a region, where there are such: module, class or None, name, region.
 FUNCTIONS = (
     ("sparsemem.memory.episode", "Episode", "search", "search"),
+    ("sparsemem.bank.bank", None, "find", "search"),
+    ("sparsemem.bank.reading", None, "find", "search"),
     ("sparsemem.kernels.fused", None, "search_step", "search"),
     ("sparsemem.kernels.fused", None, "write_step", "kernels"),
     ("sparsemem.kernels.fused", None, "read_step", "kernels"),
@@ -166,8 +176,8 @@ def named_regions(model: MemoryModel) -> Iterator[None]:
     """Let the parts of a model, and the functions named above, be regions within the block."""
     cell = model.cell
     modules: list[tuple[Any, str]] = [(cell, "memory"), (model.output, "layers")]
-    for name, of in (("controller", "controller"), ("lstm", "controller"), ("interface", "layers")):
-        if hasattr(cell, name):
+    for name, of in PARTS:
+        if isinstance(getattr(cell, name, None), nn.Module):
             modules.append((getattr(cell, name), of))
     with ExitStack() as stack:
         for module, name in modules:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsemem.bank.contract import Bank
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.captured import Captured, captured
-from sparsemem.models.registry import find_model, make_model, model_options
+from sparsemem.models.registry import bank_argument, find_model, make_model, model_options
 from sparsemem.tasks import Task, make_task, task_options
 from sparsemem.training import config as configs
 from sparsemem.training.banks import (
@@ -100,7 +100,21 @@ def build_model(config: Config, task: Task, bank: Bank | None = None) -> MemoryM
     with section_errors("model"):
         torch.manual_seed(config.training.seed)
         model = make_model(config.model.name, bank, **sizes, **config.model.options)
-    return placed(model, bank, device, dtype_of(config))
+    model = placed(model, bank, device, dtype_of(config))
+    _check_computed_alike(config)
+    return model
+
+
+def _check_computed_alike(config: Config) -> None:
+    """An episode computes in its bank's precision: ConfigError if that is not the model's."""
+    if config.bank is None or bank_argument(config.model.name) != "memory":
+        return
+    dtype, wanted = config.bank.dtype or config.training.dtype, config.training.dtype
+    if ("float64" if dtype == "float64" else "float32") != wanted:
+        raise ConfigError(
+            f"bank.dtype is {dtype!r}, expected one that is computed in training.dtype = {wanted}:"
+            f" model {config.model.name!r} copies its rows"
+        )
 
 
 def placed(

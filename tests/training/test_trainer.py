@@ -258,7 +258,7 @@ def test_the_learning_rate_follows_its_schedule_and_is_recorded(tree, new_run):
     tree["training"] |= {"log_every": 1, "schedule": {"name": "linear", "warmup": 4}}
     trainer, run = new_run("run", tree)
     rates = []
-    hook = trainer.optimiser.register_step_pre_hook(
+    hook = trainer.optimisers.each[0].register_step_pre_hook(
         lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"])
     )
     train(trainer, run)

@@ -1,0 +1,124 @@
+"""What a bank takes: memory and disk of its rows, from those of a few."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from sparsemem.bank.bank import MemoryBank
+from sparsemem.bank.manifest import Arguments
+from sparsemem.bank.shards import SHARD_ROWS, Fields, Layout
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
+from sparsemem.optim.base import RowOptimizer
+from sparsemem.training.banks import make_bank
+from sparsemem.training.config import Config
+from sparsemem.training.optimisers import make_row_optimiser
+
+FEW_ROWS = 1024  # that are made to see what a row takes; a square number, for product keys
+PROBE_ROWS = 65_536  # of a bank that a probing pass reads; a square number, too
+INDEX_ROW_BYTES = 32  # of a row in a FAISS index beside its numbers: ids, labels, places
+ID_BYTES = 8
+
+
+class BankBytes(NamedTuple):
+    """Bytes of a bank, once all of its rows have been read and stepped."""
+
+    rows: int  # tables, and what is known of each row
+    index: int
+    optimiser: int  # state of the row optimiser
+    snapshot: int  # in a checkpoint
+    saving: int  # beside all that, while a checkpoint is written
+
+
+NOTHING = BankBytes(0, 0, 0, 0, 0)
+
+
+def bank_bytes(config: Config) -> BankBytes:
+    """What the bank of a config takes, if it has one; nothing of its size is made.
+
+    A FAISS index is counted as one of whole rows, and twice: it is trained anew beside the old one.
+    """
+    if config.bank is None:
+        return NOTHING
+    few = make_bank(config, num_rows=_few(config, FEW_ROWS), initial="empty")
+    scale = config.bank.num_rows / few.num_rows
+    pairs = scale**0.5  # sub-keys make rows by pairs
+    of_rows = [*few.tables, *(column for column in few.book.buffers() if column.ndim)]
+    sub_keys = [few.keys] if few.has_product_keys else []
+    state, state_of_pairs = _state_bytes(config, few)
+    index = 0
+    if config.bank.index not in (EXACT, PRODUCT_KEY):
+        index = 2 * config.bank.num_rows * (4 * config.bank.width + INDEX_ROW_BYTES)
+    layout = Layout.of(Arguments(**few.arguments))
+    row = sum(
+        ID_BYTES
+        + sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in part.values())
+        for part in (layout.rows, layout.usage)
+    )
+    snapshot = config.bank.num_rows * row + _sum(sub_keys) * pairs
+    # One shard of the rows at a time: a copy, and the file.
+    shard = 2 * min(config.bank.num_rows, SHARD_ROWS) * row
+    return BankBytes(
+        rows=int(_sum(of_rows) * scale + _sum(sub_keys) * pairs),
+        index=index,
+        optimiser=int(state * scale + state_of_pairs * pairs),
+        snapshot=int(snapshot),
+        saving=int(shard),
+    )
+
+
+def probe_bank(
+    config: Config, num_rows: int, device: torch.device, indexed: bool = False
+) -> MemoryBank | None:
+    """A bank like the config's, of at most so many rows, for a pass that shows what reading takes.
+
+    indexed: with its FAISS index, built here and now, for a pass that is timed; else the search is
+    exact, which takes at least as much memory.
+    """
+    if config.bank is None:
+        return None
+    options: dict[str, Any] = {"background": None, "buffer_rows": None, "exact_below": None}
+    if config.bank.index == PRODUCT_KEY:
+        options = {}
+    elif config.bank.index == EXACT or not indexed:
+        options["index"] = EXACT
+    else:
+        options = {"background": False}
+    bank = config.bank.model_copy(update=options)
+    place = None if device.type == "meta" else device
+    changed = config.model_copy(update={"bank": bank})
+    return make_bank(changed, num_rows=_few(config, num_rows), device=place)
+
+
+def _few(config: Config, most: int) -> int:
+    """A number of rows of at most `most`: with product keys a square one, as both of these are."""
+    assert config.bank is not None
+    few = min(config.bank.num_rows, most)
+    return math.isqrt(few) ** 2 if config.bank.index == PRODUCT_KEY else few
+
+
+def _state_bytes(config: Config, few: MemoryBank) -> tuple[int, int]:
+    """Bytes of the row optimiser's state: of tables, and of sub-keys."""
+    assert config.bank is not None
+    made = make_row_optimiser(config.bank.optimizer, few.parameters(recurse=False))
+    optimiser = cast(RowOptimizer, made)
+    (group,) = optimiser.param_groups
+    tables, sub_keys = 0, 0
+    for parameter in group["params"]:
+        is_table = any(parameter is table for table in few.tables)
+        size = _sum(optimiser._zero_state(parameter, is_table, group).values())
+        tables, sub_keys = (tables + size, sub_keys) if is_table else (tables, sub_keys + size)
+    return tables, sub_keys
+
+
+def _row_bytes(fields: Fields) -> int:
+    """Of a row in a shard's file, with its id."""
+    return ID_BYTES + sum(dtype.itemsize * math.prod(shape) for dtype, shape in fields.values())
+
+
+def _sum(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
