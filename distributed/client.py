@@ -84,7 +84,7 @@ class Client(Rowless):
 
         ShardError where other workers do not send theirs for as long as a shard may take to answer.
         """
-        self.shards.settle(behind)
+        self._hear_begun(behind)
         deadline = monotonic() + self.shards.timeout
         while self._behind > behind:
             waiting = max(self.shards.ask("waiting", self._each((self.worker,))))
@@ -96,7 +96,11 @@ class Client(Rowless):
                 )
             if self._behind > behind:
                 sleep(SETTLE_SECONDS)
-                self.shards.settle(behind)
+                self._hear_begun(behind)
+
+    def _hear_begun(self, behind: int) -> None:
+        if self.shards.under_way:  # a change that was cut short stays open: see `Asking.ask`
+            self.shards.settle(behind)
 
     def _settle_for(self, operation: str) -> None:
         self._settle(self.staleness if operation in READS else 0)
