@@ -17,18 +17,23 @@ HAS_DASHBOARD = find_spec("ray") is not None and find_spec("aiohttp_cors") is no
 NEEDS_RAY = pytest.mark.skipif(not HAS_DASHBOARD, reason="ray[default] is not installed")
 pytestmark = [pytest.mark.ray, NEEDS_RAY]
 
+EXAMPLE = ROOT / "examples/cluster.yaml"
+
 SHARDS, ROWS, APPENDED, READS = 2, 40, 10, 5
 CALLS = f"""
 import sys
 from pathlib import Path
 import ray, torch
 from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.metrics import RunMetrics
 from sparsemem.distributed.rayshards import RayShards
 
 ray.init(log_to_driver=False)
 path = ShardedBank.create(Path(sys.argv[1]), {ROWS}, 4, num_shards={SHARDS})
 bank = ShardedBank(path, RayShards.start(path))
 bank.append(torch.randn({APPENDED}, 4))
+run = ray.remote(num_cpus=0)(RunMetrics).remote("runs/first")
+ray.get(run.report.remote(7, 0.25))
 for _ in range({READS}):
     bank.read(torch.randn(3, 4), 2)
 print("done", flush=True)
@@ -65,6 +70,9 @@ def submitted(head, *command, **environment):
     return head.run("ray", "job", "submit", *options, "--", *command, **environment)
 
 
+@pytest.mark.slow  # six processes that import torch and compile, and Ray's own
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="there is no examples/cluster.yaml yet")
 def test_a_submitted_job_trains_over_shards(head, tmp_path):
     run = tmp_path / "run"
     sizes = ["--shards", "4", "--workers", "2", "--address", "auto", "--set", "training.steps=4"]
@@ -147,3 +155,5 @@ def test_prometheus_finds_the_shards_figures(head, tmp_path):
     assert by_shard(found, "shard_calls_total", **finds) == {"0": READS, "1": READS}
     for seconds in by_shard(found, "shard_call_seconds_total", **finds).values():
         assert 0 < seconds < 60
+    runs = {named: value for (named, tags), value in found.items() if ("run", "runs/first") in tags}
+    assert runs == {"run_step": 7, "run_loss": 0.25}

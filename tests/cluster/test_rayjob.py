@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from sparsemem.training.config import load_config
 from tests.cluster.rayjob import RayJob
 
 KUBERNETES = "1.30"  # fields that later versions have are not used
@@ -179,6 +180,16 @@ def test_the_pods_see_the_same_folders(manifest):
     assert manifest["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def test_the_config_can_be_trained_by_the_workers(manifest, tmp_path):
+    (tmp_path / "cluster.yaml").write_text(manifest["ConfigMap"]["data"]["cluster.yaml"])
+    config = load_config(tmp_path / "cluster.yaml")
+    assert config.bank is not None
+    assert (
+        config.training.batch_size % option(manifest["ConfigMap"]["data"]["train.sh"], "--workers")
+        == 0
+    )
+
+
 @pytest.fixture
 def train(manifest, tmp_path):
     """Run train.sh in a folder, with a `sparsemem` that says what it is asked for."""
@@ -206,15 +217,16 @@ def test_a_first_attempt_begins(train, tmp_path):
     assert train() == f"train /config/cluster.yaml --run {tmp_path}/data/runs/cluster {SIZES}"
 
 
-def test_a_retry_goes_on_from_a_checkpoint(train, tmp_path):
-    run = tmp_path / "data/runs/cluster"
-    (run / "checkpoints/step-00000100").mkdir(parents=True)
-    assert train() == f"train --resume {run} {SIZES}"
+def test_a_retry_goes_on(train, tmp_path):
+    bank = tmp_path / "data/runs/cluster/bank"
+    bank.mkdir(parents=True)
+    (bank / "manifest.json").touch()
+    assert train() == f"train --resume {bank.parent} {SIZES}"
 
 
-def test_a_retry_without_a_checkpoint_begins_again_and_removes_nothing(train, tmp_path):
+def test_a_retry_without_a_bank_begins_again_and_removes_nothing(train, tmp_path):
     run = tmp_path / "data/runs/cluster"
-    (run / "checkpoints").mkdir(parents=True)
+    run.mkdir(parents=True)
     (run / "config.yaml").write_text("kept")
     assert train() == f"train /config/cluster.yaml --run {run} {SIZES}"
     (aside,) = run.parent.iterdir()

@@ -43,14 +43,14 @@ class Head(NamedTuple):
 def ray_head(num_cpus):
     """As docs/cluster.md says; `--block`, since `ray stop` would stop others' clusters too."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets are in it
-    port, dashboard, metrics = free_port(), free_port(), free_port()
+    port, dashboard, metrics, agent = (free_port() for _ in range(4))
     options = [
         "--node-ip-address=127.0.0.1",
         f"--port={port}",
         f"--num-cpus={num_cpus}",
         f"--dashboard-port={dashboard}",
         f"--metrics-export-port={metrics}",
-        "--dashboard-agent-listen-port=0",
+        f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder}/ray",
         "--disable-usage-stats",
         "--block",
@@ -59,6 +59,7 @@ def ray_head(num_cpus):
     # Named, as `auto` would find whatever else runs on this machine.
     users = environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     addresses = [f"http://127.0.0.1:{port}" for port in (dashboard, metrics)]
+    healthy = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"  # of who starts jobs
     head = Head(folder, users, *addresses)
     made = head.run("ray", "get-auth-token", "--generate")
     assert made.returncode == 0, made.stderr
@@ -66,7 +67,8 @@ def ray_head(num_cpus):
         command = ["ray", "start", "--head", *options]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: answers(f"{head.dashboard}/api/gcs_healthz"), process, folder / "log")
+        for page in (f"{head.dashboard}/api/gcs_healthz", f"{head.metrics}/metrics", healthy):
+            wait_until(lambda page=page: answers(page) == 200, process, folder / "log")
         yield head
     finally:
         process.send_signal(signal.SIGTERM)
