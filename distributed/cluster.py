@@ -42,6 +42,9 @@ class Resources(NamedTuple):
         return ", ".join([*parts, f"{show_bytes(self.memory)} memory"])
 
 
+NOTHING = Resources(0.0, 0.0, 0.0)
+
+
 class Group(NamedTuple):
     """Processes of one kind."""
 
@@ -55,7 +58,7 @@ class Group(NamedTuple):
         return Resources(*(self.count * part for part in self.each))
 
 
-def counted(count: float, what: str) -> str:
+def counted(count: float | int, what: str) -> str:
     """2 shards."""
     return f"{count:g} {what}{'' if count == 1 else 's'}"
 
@@ -88,4 +91,4 @@ def sums(nodes: Sequence[Resources], groups: Sequence[Group], where: str) -> str
 
 def total(all_of_them: Iterable[Resources]) -> Resources:
     """The sum of some resources."""
-    return Resources(*(sum(part) for part in zip(Resources(0, 0, 0), *all_of_them, strict=True)))
+    return Resources(*(sum(part) for part in zip(NOTHING, *all_of_them, strict=True)))

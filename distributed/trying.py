@@ -9,6 +9,7 @@ from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.cluster import Wanted
 from sparsemem.distributed.transport import LocalShards
+from sparsemem.models.registry import bank_argument
 from sparsemem.training.banks import NoBank, bank_arguments, check_bank_section
 from sparsemem.training.config import Config
 from sparsemem.training.errors import ConfigError, section_errors
@@ -51,6 +52,11 @@ def check_wanted(config: Config, wanted: Wanted) -> None:
             raise ConfigError(
                 f"--shards is {wanted.shards}, but the config has no section bank: expected one,"
                 " whose rows the shards hold"
+            )
+        if bank_argument(config.model.name) == "memory":
+            raise ConfigError(
+                f"model.name is {config.model.name!r}, whose episodes copy rows of a bank in the"
+                " same process: expected 'memory-lstm', or no --shards"
             )
         check_at_most("--shards", wanted.shards, "bank.num_rows", config.bank.num_rows)
     check_shares(config.training.batch_size, wanted.workers)
