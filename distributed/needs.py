@@ -58,8 +58,8 @@ def groups_of(config: Config, wanted: Wanted) -> list[Group]:
     """
     gpus = float(torch.device(config.training.device).type == "cuda")
     memory = float(worker_plan(config, wanted.workers).plan.memory.process)
-    worker = Resources(config.training.threads, gpus, memory)
-    shard = Resources(1, 0, float(shard_bytes(config, wanted.shards)))
+    worker = Resources(float(config.training.threads), gpus, memory)
+    shard = Resources(1.0, 0.0, float(shard_bytes(config, wanted.shards)))
     return [Group("shard", wanted.shards, shard), Group("worker", wanted.workers, worker)]
 
 
