@@ -110,4 +110,6 @@ def repeat(report: Callable[[], None]) -> None:
 
 
 def _gauge(name: str, what: str, tags: dict[str, str]) -> Gauge:
-    return Gauge(name, what, tuple(tags)).set_default_tags(tags)
+    gauge = Gauge(name, what, tuple(tags))
+    gauge.set_default_tags(tags)
+    return gauge
