@@ -41,7 +41,11 @@ def test_a_large_bank_is_not_made(monkeypatch):
         ),
         ({"bank": CONFIG["bank"] | {"metric": "dot"}}, Wanted(2, 1), r"bank\.?:? ?metric is 'dot'"),
         ({"bank": CONFIG["bank"] | {"index": "product-key"}}, Wanted(2, 1), "bank.index is 'produ"),
-        ({"model": {"name": "sam", "hidden_size": 4}}, Wanted(2, 1), "model.name is 'sam', whose episodes copy rows"),
+        (
+            {"model": {"name": "sam", "hidden_size": 4}},
+            Wanted(2, 1),
+            "model.name is 'sam', whose episodes copy rows",
+        ),
         (
             {"bank": CONFIG["bank"] | {"optimizer": {"name": "adan"}}},
             Wanted(2, 1),

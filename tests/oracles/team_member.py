@@ -1,0 +1,90 @@
+"""A member of a team of processes: python team_member.py RANK SIZE FOLDER.
+
+Trains a small model with the others, and writes down what it had of it.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sparsemem.distributed.team import GroupTeam, join
+from sparsemem.training.config import make_config
+from sparsemem.training.run import RunFolder
+from sparsemem.training.setup import prepare
+from sparsemem.training.signals import Stop
+from sparsemem.training.trainer import Trainer
+
+CONFIG = {
+    "model": {"name": "lstm", "hidden_size": 8},
+    "task": {"name": "copy", "bits": 3},
+    "training": {
+        "steps": 8,
+        "batch_size": 8,
+        "dtype": "float64",
+        "log_every": 1,
+        "evaluate_every": 4,
+        "checkpoint_every": 4,
+        "truncate": 4,
+        "optimizer": {"learning_rate": 0.01},
+    },
+    "curriculum": {"minimum": 1, "maximum": 4},
+    "evaluation": {"batches": 1, "batch_size": 4},
+}
+
+
+def agree(folder, rank):
+    """Member 0's address by way of a file."""
+    file = folder / "address.json"
+
+    def agreed(own):
+        if own is not None:
+            (folder / "written.json").write_text(json.dumps(own))
+            (folder / "written.json").rename(file)
+        while not file.exists():
+            time.sleep(0.01)
+        return tuple(json.loads(file.read_text()))
+
+    return agreed
+
+
+def train(run, team=None, stop=None):
+    """The config's run, as a member of a team or alone; its losses are the run's."""
+    trainer = Trainer(prepare(make_config(CONFIG)), *([] if team is None else [team]))
+    if team is None or team.rank == 0:
+        RunFolder.create(run.path, trainer.config)
+    outcome = trainer.train(run, stop=stop)
+    return trainer, outcome
+
+
+def main():
+    """Join, train, and say what came of it."""
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    join(rank, size, "127.0.0.1", agree(folder, rank))
+    team = GroupTeam()
+    means, told = team.means([float(rank), 1.0]), team.told([float(rank + 5)])
+    trainer, outcome = train(RunFolder(folder / "run"), team)
+    stop = Stop()
+    stop.number = 2 if rank == size - 1 else None  # one of them is asked to stop
+    trainer.config.training.steps = 100
+    _, after = trainer, trainer.train(RunFolder(folder / "run"), stop=stop)
+    values = {
+        "means": means,
+        "told": told,
+        "outcomes": [outcome.name, after.name],
+        "step": trainer.step,
+        "validation": trainer.validation,
+        "parameters": [parameter.sum().item() for parameter in trainer.model.parameters()],
+    }
+    (folder / f"member-{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
