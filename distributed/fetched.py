@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsemem.bank.gradients import HALF_DTYPES, by_row, row_sparse
+from sparsemem.bank.rows import through_scores
 from sparsemem.distributed.merging import Fetched
 
 if TYPE_CHECKING:
@@ -114,10 +115,8 @@ class FetchedRows(torch.autograd.Function):
         ids, queries, rows, scores = ctx.saved_tensors
         of_queries = of_table = None
         if by_score is not None:
-            missing = ids < 0
-            by_score, scores = (part.masked_fill(missing, 0) for part in (by_score, scores))
-            of_queries, of_rows = ctx.bank.metric.gradients(queries, rows, scores, by_score)
-            gradient = of_rows if gradient is None else of_rows.add_(gradient)
+            saved = (queries, rows, scores, ids)
+            of_queries, gradient = through_scores(ctx.bank.metric, *saved, by_score, gradient)
         if ctx.needs_input_grad[0]:  # of zeros, where nothing depends on either
             of_table = sparse(ctx, ids, torch.zeros_like(rows) if gradient is None else gradient)
         return of_table, of_queries, None, None, None
