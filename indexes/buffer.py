@@ -48,6 +48,8 @@ class Buffer:
         )
         self._queue: deque[Any] = deque()  # arrays of ids; those that no longer wait may be in it
         self._queued = 0  # ids in them
+        self._recent: list[Any] = []  # arrays of ids that changed since `take_recent`
+        self._num_recent = 0
 
     @property
     def ids(self) -> Any:
@@ -71,6 +73,17 @@ class Buffer:
         idle = self._mark(ids)
         self.waiting += len(idle)
         self._enqueue(idle)
+        self._recent.append(ids)
+        self._num_recent += len(ids)
+        if self._num_recent > 2 * self.waiting + FIRST_CAPACITY:  # most are the same rows
+            self._recent = [self.take_recent()]
+            self._num_recent = len(self._recent[0])
+
+    def take_recent(self) -> Any:
+        """Ids (distinct) of rows that wait and were changed since the last call."""
+        parts, self._recent, self._num_recent = self._recent, [], 0
+        ids = parts[0] if len(parts) == 1 else np.unique(np.concatenate([self._ids[:0], *parts]))
+        return ids[self.waits[ids]]
 
     def _mark(self, ids: Any) -> Any:
         """Place rows, and say which of them did not wait before."""

@@ -13,6 +13,7 @@ from sparsemem.indexes.buffer import Buffer
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
     Knob,
+    add_to_lists,
     encodes_quickly,
     enter_in_place,
     faiss_module,
@@ -178,12 +179,11 @@ class Derived(Derivation):
         # Lazily zero: one more than the label, so that 0 is none.
         self.label_of = np.zeros(table.num_rows, np.int64)
         self.row_of = np.empty(0, np.int64)
-        # Squared distance of a row from its list's centroid when the list was chosen; 0: not known.
+        # Squared distance of a row from its list's centroid when the list was chosen.
         self.chosen = np.zeros(table.num_rows, np.float32)
         self.buffer = Buffer(table)
         self.absorbed = 0  # rows that came or took another place since it was built
         self._settles = False  # from when it is built on, where codes are quickly made
-        self._settled = 0  # changes of the buffer that were looked at
         self.lists: Lists | None = None
         self._quantisers: tuple[Any, ...] = ()  # kept alive
 
@@ -199,7 +199,7 @@ class Derived(Derivation):
         """
         live = self.table.live_ids().cpu()
         lists = num_lists(self.faiss)
-        wanted = max(LEAST_TRAINING, 64 * lists)
+        wanted = max(LEAST_TRAINING, 64 * num_lists(self.faiss))
         step = max(1, len(live) // wanted)
         training = self._vectors(live[::step].to(self.table.live.device))
         self.faiss.train(training)
@@ -213,7 +213,10 @@ class Derived(Derivation):
             ids = live[start : start + BUILD_CHUNK]
             if stopped():
                 raise Abandoned
-            self._add(ids.numpy(), self._vectors(ids.to(self.table.live.device)))
+            vectors, lists = self._vectors(ids.to(self.table.live.device)), None
+            if self.in_place and self.lists is not None:
+                lists, self.chosen[ids.numpy()] = self.lists.nearest(vectors)
+            self._add(ids.numpy(), vectors, lists)
         if self._quantisers:
             self._quantisers[-1].nprobe = ASSIGNMENT_PROBES
         self._settles = self.lists is not None and encodes_quickly(self.faiss)
@@ -227,32 +230,22 @@ class Derived(Derivation):
         self.buffer.drop(ids[self.buffer.holds(ids)])
 
     def settle(self) -> None:
-        """Enter what was changed since the last call and belongs where its entry is."""
-        since, self._settled = self._settled, self.buffer.changes
+        """Enter what was changed since the last call and belongs where its entry is.
+
+        That is as near to its list as is usual, or as when the list was chosen.
+        """
+        ids = self.buffer.take_recent()
         if not self._settles or self.lists is None:
             return
-        ids = self.buffer.waiting_longest(self.buffer.waiting)
-        ids = ids[(self.buffer.marks[ids] > since) & (self.label_of[ids] > 0)]
+        ids = ids[self.label_of[ids] > 0]
         labels = self.label_of[ids] - 1
         lists = self.lists.of(labels)
         vectors, squares = self.buffer.look(self.metric, ids, lists, self.lists.centroids)
-        near = self._stay(ids, labels, lists, squares)
-        enter_in_place(self.faiss, labels[near], vectors[near], lists[near])
-        self.buffer.drop(ids[near])
-
-    def _stay(self, ids: Any, labels: Any, lists: Any, squares: Any) -> Any:
-        """Which rows [n] are as near to their lists as is usual, or as they were when these were
-        chosen, which the entries then tell that were there before.
-        """
-        assert self.lists is not None
-        near = squares <= self.lists.usual
-        others = np.flatnonzero(~near)
-        new = others[self.chosen[ids[others]] == 0]
-        if len(new):
-            before = self.faiss.reconstruct_batch(labels[new])
-            self.chosen[ids[new]] = self.lists.squares(before, lists[new])
-        near[others] = squares[others] <= FARTHER * self.chosen[ids[others]]
-        return near
+        near = squares <= np.maximum(self.lists.usual, FARTHER * self.chosen[ids])
+        if not near.all():
+            ids, labels, lists, vectors = ids[near], labels[near], lists[near], vectors[near]
+        enter_in_place(self.faiss, labels, vectors, lists)
+        self.buffer.drop(ids)
 
     def begin(self, count: int) -> Batch:
         """Rows to absorb: under the table's write lock."""
@@ -296,7 +289,8 @@ class Derived(Derivation):
             at = None if lists is None else lists[known]
             enter_in_place(self.faiss, labels[known], vectors[known], at)
         if not known.all():
-            self._add(ids[~known], vectors[~known])
+            at = lists[~known] if self.in_place and lists is not None else None
+            self._add(ids[~known], vectors[~known], at)
         self.absorbed += len(ids)
         self.buffer.drop(ids)
 
@@ -352,14 +346,17 @@ class Derived(Derivation):
     def _vectors(self, ids: Tensor) -> Any:
         return to_faiss(self.table.take(ids), self.metric)
 
-    def _add(self, ids: Any, vectors: Any) -> None:
+    def _add(self, ids: Any, vectors: Any, lists: Any = None) -> None:
         first = self.entries
         if first + len(ids) > len(self.row_of):
             grown = np.zeros(max(first + len(ids), 2 * first), np.int64)
             grown[:first] = self.row_of[:first]
             self.row_of = grown
         self.row_of[first : first + len(ids)] = ids
-        self.faiss.add(vectors)
+        if lists is None:
+            self.faiss.add(vectors)
+        else:
+            add_to_lists(self.faiss, vectors, lists)
         # Only now, so that an interrupted call leaves entries that are not valid.
         self.label_of[ids] = np.arange(first + 1, first + len(ids) + 1)
 

@@ -101,6 +101,12 @@ def enter_in_place(index: Any, labels: Any, vectors: Any, lists: Any = None) -> 
     )
 
 
+def add_to_lists(index: Any, vectors: Any, lists: Any) -> None:
+    """FAISS's `add` of vectors [n, W] whose lists [n] are known."""
+    pointer = faiss_module().swig_ptr
+    index.add_core(len(vectors), pointer(vectors), None, pointer(lists))
+
+
 def is_quantised(index: Any) -> bool:
     """Whether the index scores something coarser than the rows, so that more are to be asked."""
     faiss = faiss_module()

@@ -68,18 +68,13 @@ def compile_rows(dtype: torch.dtype) -> RowKernels:
     """Compile the kernels of rows for one dtype."""
     from numba import types
 
-    from sparsemem.kernels.row_equations import score_gradients, step_rows
+    from sparsemem.kernels.row_equations import ENTRIES, score_gradients, step_rows
 
     like, array = likeness(dtype)
-    step_rows.compile(
-        (
-            array,
-            types.UniTuple(types.int64, 6),
-            types.UniTuple(types.float64, 9),
-            types.UniTuple(types.int64, 11),
-        )
-    )
-    score_gradients.compile((array, types.UniTuple(types.int64, 4), types.UniTuple(types.int64, 8)))
+    sizes, numbers, places = ENTRIES[step_rows]
+    many = (*several(types.int64, sizes), *several(types.float64, numbers))
+    step_rows.compile((array, *many, *several(types.int64, places)))
+    score_gradients.compile((array, *several(types.int64, *ENTRIES[score_gradients])))
     return RowKernels(like, step_rows, score_gradients)
 
 
@@ -90,6 +85,13 @@ def likeness(dtype: torch.dtype) -> tuple[Any, Any]:
 
     like = np.empty(0, str(dtype).removeprefix("torch."))
     return like, types.Array(from_dtype(like.dtype), 1, "C")
+
+
+def several(kind: Any, *lengths: int) -> list[Any]:
+    """Numba's types of tuples of these lengths."""
+    from numba import types
+
+    return [types.UniTuple(kind, length) for length in lengths]  # type: ignore[no-untyped-call]
 
 
 def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
@@ -110,6 +112,5 @@ def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
         rest = (None, unroll, unroll_backward)
     entries = {**steps.ENTRIES, **gradients.ENTRIES, **ENTRIES}
     for function, lengths in entries.items():
-        tuples = (types.UniTuple(types.int64, n) for n in lengths)  # type: ignore[no-untyped-call]
-        function.compile((array, *tuples))
+        function.compile((array, *several(types.int64, *lengths)))
     return Kernels(like, *step, *rest)

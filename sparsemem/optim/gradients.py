@@ -48,10 +48,12 @@ def takes_entries(parameter: Tensor, options: dict[str, Any]) -> bool:
 def row_steps(parameter: Tensor) -> Any:
     """The module of the kernels that step its rows, where it `takes_entries`."""
     if use_triton(parameter):
-        from sparsemem.kernels.gpu import row_steps as steps
-    else:
-        from sparsemem.kernels import row_steps as steps
-    return steps
+        from sparsemem.kernels.gpu import row_steps
+
+        return row_steps
+    from sparsemem.kernels import row_steps as on_the_host
+
+    return on_the_host
 
 
 def make_change(name: str, parameter: Tensor, options: dict[str, Any]) -> Change:

@@ -126,6 +126,20 @@ def test_the_queue_does_not_grow_with_rows_that_come_and_go():
     assert tested.waiting_longest(9).tolist() == [1]
 
 
+def test_recent_rows_are_those_that_wait_and_changed_since_the_last_call():
+    tested = make()
+    for group in ([3, 4], [1, 3], [8]):
+        tested.mark(np.array(group))
+    tested.drop(np.array([8]))
+    tested.rest(np.array([4]))
+    assert tested.take_recent().tolist() == [1, 3]
+    assert tested.take_recent().tolist() == []
+    for _ in range(100):
+        tested.mark(np.array([3, 5, 8]))
+        assert sum(map(len, tested._recent)) <= 2 * 4 + 2  # four wait, and two as above
+    assert tested.take_recent().tolist() == [3, 5, 8]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("metric", list(Metric))
 def test_a_look_at_rows_is_what_faiss_sees_of_them(metric, dtype):
