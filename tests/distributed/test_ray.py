@@ -88,11 +88,40 @@ def test_a_killed_shard_comes_back_and_callers_wait(cluster, tmp_path):
     same_state(one, two)
 
 
+def lines(bank):
+    """Addresses of the lines to all shards, once there are."""
+    deadline = time.monotonic() + 60
+    while True:
+        bank.capacity()
+        there = [bank.shards._lines.to(shard) for shard in range(SHARDS)]
+        if all(there):
+            return [line._socket.getpeername() for line in there]
+        assert time.monotonic() < deadline, "no lines"
+        time.sleep(0.05)
+
+
+def test_shards_on_this_machine_are_called_over_lines(cluster, tmp_path):
+    bank = filled(start(tmp_path / "bank"))
+    before, ids = lines(bank), torch.arange(ROWS)
+    rows = bank.gather(ids)
+    bank.remove(ids[:1])
+    with pytest.raises(ValueError, match="which is not live"):  # of the shard, heard by Ray
+        bank.shards.ask("write_at", [(ids[:1], {"tags": ids[:1], "ttl": 0}, 1), None])
+    bank.write(ids[:1], rows[:1])
+    os.kill(pids(bank)[0], signal.SIGKILL)
+    assert torch.equal(bank.gather(ids), rows)
+    after = lines(bank)
+    assert (before[0] != after[0], before[1] == after[1]) == (True, True)
+    bank.close()
+
+
 def test_a_slow_shard_is_named_and_its_change_is_done_once(cluster, tmp_path):
     bank, other = (filled(start(tmp_path / name)) for name in ("bank", "other"))
     optimisers = [RowAdam([b.keys], lr=0.1) for b in (bank, other)]
     slow = pids(bank)[1]
-    for b in (bank, other):
+    for b, optimiser in zip((bank, other), optimisers, strict=True):
+        step(b, optimiser, 0)  # a shard's first takes long: it loads what is compiled
+        optimiser.zero_grad()
         b.read(torch.ones(2, WIDTH), 8).scores.sum().backward()
     bank.shards.timeout = 2.0
     os.kill(slow, signal.SIGSTOP)
