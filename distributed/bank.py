@@ -127,10 +127,11 @@ class ShardedBank(Versioned):
         return ShardedBank(self.path, shards, worker=worker, num_workers=of, **options)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
-        """The top_k best live rows of each query; as `MemoryBank.read`."""
-        check_bank_queries(queries, self.width, self.keys.device)
+        """The top_k best live rows of each query; as `MemoryBank.read`, from any device."""
+        check_bank_queries(queries, self.width, queries.device)
         check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
-        flat = queries.reshape(-1, self.width).to(self.computing_dtype)
+        here = self.keys.device
+        flat = queries.reshape(-1, self.width).to(here, self.computing_dtype)
         fetched, moment = self._fetched(flat.detach(), top_k)
         with torch.autocast(self.keys.device.type, enabled=False):
             scored = (self.keys, flat, fetched, self, moment)
@@ -139,8 +140,8 @@ class ShardedBank(Versioned):
             if fetched.values is not None:
                 own = (self.values, fetched.ids, (fetched.values,), self, moment)
                 values = FetchedTable.apply(*own)  # type: ignore[no-untyped-call]
-        shape = queries.shape[:-1]
-        return Hit(*(x.view(*shape, *x.shape[1:]) for x in (rows, values, scores, fetched.ids)))
+        shape, found = queries.shape[:-1], (rows, values, scores, fetched.ids)
+        return Hit(*(x.view(*shape, *x.shape[1:]).to(queries.device) for x in found))
 
     forward = read
 

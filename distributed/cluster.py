@@ -49,13 +49,13 @@ class Group(NamedTuple):
     """Processes of one kind."""
 
     name: str  # "shard"
-    count: int
+    number: int
     each: Resources
 
     @property
     def total(self) -> Resources:
         """Of all of them."""
-        return Resources(*(self.count * part for part in self.each))
+        return Resources(*(self.number * part for part in self.each))
 
 
 def counted(count: float | int, what: str) -> str:
@@ -70,7 +70,7 @@ def check_fits(nodes: Sequence[Resources], groups: Sequence[Group], where: str) 
     """
     left = list(nodes)
     for group in sorted(groups, key=lambda group: group.each.memory, reverse=True):
-        for _ in range(group.count):
+        for _ in range(group.number):
             roomy = [place for place, node in enumerate(left) if node.holds(group.each)]
             if not roomy:
                 raise ClusterError(f"the run does not fit: {sums(nodes, groups, where)}")
@@ -82,7 +82,7 @@ def sums(nodes: Sequence[Resources], groups: Sequence[Group], where: str) -> str
     """What there is, and what is needed."""
     needed = total(group.total for group in groups)
     parts = " and ".join(
-        f"{counted(group.count, group.name)} of {group.each.show()}" for group in groups
+        f"{counted(group.number, group.name)} of {group.each.show()}" for group in groups
     )
     there = total(nodes).show()
     on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes, of which each process needs one"

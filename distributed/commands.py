@@ -91,14 +91,16 @@ def start(
     config: Config, path: Path, spread: Wanted, say: Callable[[str], Any], **options: bool
 ) -> tuple[RunFolder, Outcome]:
     """As `sparsemem.distributed.launch.start`."""
-    return launching().start(config, path, spread, say, **options)
+    started: tuple[RunFolder, Outcome] = launching().start(config, path, spread, say, **options)
+    return started
 
 
 def resume(
     run: RunFolder, config: Config, spread: Wanted, say: Callable[[str], Any], **options: bool
 ) -> Outcome:
     """As `sparsemem.distributed.launch.resume`."""
-    return launching().resume(run, config, spread, say, **options)
+    outcome: Outcome = launching().resume(run, config, spread, say, **options)
+    return outcome
 
 
 def launching() -> Any:

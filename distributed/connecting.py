@@ -75,7 +75,6 @@ def start_here(cpus: int) -> None:
 
 def free_nodes() -> list[Resources]:
     """What is free on each node."""
-    return [
-        Resources(*(node.get(name, 0.0) for name in ("CPU", "GPU", "memory")))
-        for node in available_resources_per_node().values()
-    ]
+    nodes = available_resources_per_node()  # type: ignore[no-untyped-call]
+    names = ("CPU", "GPU", "memory")
+    return [Resources(*(node.get(name, 0.0) for name in names)) for node in nodes.values()]

@@ -38,10 +38,10 @@ class Versions:
     def save(self, write: Write) -> Path:
         """Write the checkpoint once all shards have theirs: the bank's manifest commits both."""
         written: list[Path] = []
-        keep = {version_of(path) for _, path in list_checkpoints(self.run.checkpoints)}
+        named = {version_of(path) for _, path in list_checkpoints(self.run.checkpoints)}
         self.bank.save(
             lambda version: written.append(write({VERSION: version})),
-            keep & set(self.bank.versions),
+            [version for version in self.bank.versions if version in named],
         )
         with write_errors(self.run.path):
             stats = json.dumps(self.bank.stats(), indent=1)

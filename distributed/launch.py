@@ -131,7 +131,8 @@ def drive(run: RunFolder, setup: Setup, groups: list[Group], profiled: bool) -> 
 def desk_here() -> Any:
     """A desk on this node, which takes no CPU."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    actor: Any = ray.remote(**options)(Desk)
     return actor.remote()
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from sparsemem.distributed.cluster import Group, Resources, Wanted, counted
 from sparsemem.distributed.traffic import StepBytes, wire_bytes
-from sparsemem.distributed.trying import check_wanted
+from sparsemem.distributed.trying import check_wanted, on_device
 from sparsemem.indexes.factory import EXACT
 from sparsemem.layers import MemoryLayer
 from sparsemem.training.bankplan import FEW_ROWS, bank_bytes
@@ -73,8 +73,8 @@ def shard_bytes(config: Config, num_shards: int) -> int:
 def worker_plan(config: Config, num_workers: int) -> Planned:
     """The plan of a worker alone: its share of the batch, next to no rows, on the host."""
     assert config.bank is not None
-    share = {"batch_size": config.training.batch_size // num_workers, "device": "cpu"}
-    training = config.training.model_copy(update=share)
+    share = {"batch_size": config.training.batch_size // num_workers}
+    training = on_device(config, "cpu").training.model_copy(update=share)
     few = with_rows(config, min(config.bank.num_rows, FEW_ROWS))
     return plan_memory(few.model_copy(update={"training": training}))
 

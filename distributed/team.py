@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,8 @@ class GroupTeam:
             for name, parameter in model.named_parameters()
             if isinstance(bank_of(parameter), RemoteBank)
         ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, remote)
+        leave_out: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        leave_out(model, remote)
         return DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -103,7 +104,7 @@ def join(
     if host.startswith("127."):  # else gloo takes the address of the machine's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     descriptor = None if listener is None else listener.detach()
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=descriptor
     )
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"

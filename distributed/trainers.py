@@ -24,16 +24,16 @@ FOLDER = ".ray"  # of Ray Train, in the run's folder
 
 
 @dataclass
-class OwnGroup(TorchConfig):  # type: ignore[misc]
+class OwnGroup(TorchConfig):
     """Trainers join their torch.distributed group themselves: see `sparsemem.distributed.team`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         """One that does nothing."""
-        return Backend  # type: ignore[no-any-return]
+        return Backend
 
 
-class GivingUp(UserCallback):  # type: ignore[misc]
+class GivingUp(UserCallback):
     """Ends training where it would fail again; called in Ray Train's controller.
 
     A trainer that dies is started again, with all others. So are those whose errors may come of
@@ -59,16 +59,18 @@ class GivingUp(UserCallback):  # type: ignore[misc]
             raise errors[0]
 
 
-def trainers(given: Work, worker: Group) -> TorchTrainer:
+def trainers(given: Work, worker: Group) -> Any:
     """A team over the shards that are there."""
     resources = {"CPU": worker.each.cpus, "memory": worker.each.memory}
     gpus = worker.each.gpus
-    return TorchTrainer(
+    make: Any = TorchTrainer  # whose annotations are those of Ray Train's first version
+    callbacks: Any = [GivingUp(given.run / "checkpoints")]
+    return make(
         work,
         train_loop_config=given._asdict(),
         torch_config=OwnGroup(),
         scaling_config=ScalingConfig(
-            num_workers=worker.count,
+            num_workers=worker.number,
             use_gpu=gpus > 0,
             resources_per_worker=resources | ({"GPU": gpus} if gpus else {}),
         ),
@@ -76,12 +78,12 @@ def trainers(given: Work, worker: Group) -> TorchTrainer:
             name=FOLDER,
             storage_path=str(given.run),
             failure_config=FailureConfig(max_failures=MOST_LOSSES),
-            callbacks=[GivingUp(given.run / "checkpoints")],
+            callbacks=callbacks,
         ),
     )
 
 
-def fitted(trainer: TorchTrainer) -> str:
+def fitted(trainer: Any) -> str:
     """Train; returns what member 0 does. Raises what ended the run as the trainer raised it."""
     try:
         return str(trainer.fit().return_value)

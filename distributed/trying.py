@@ -27,6 +27,8 @@ def tried(config: Config, wanted: Wanted) -> Setup:
     """
     check_wanted(config, wanted)
     assert config.bank is not None
+    device = config.training.device
+    config = on_device(config, "cpu")  # trainers may have GPUs where this process has none
     rows = min(config.bank.num_rows, max(TRIED_ROWS, wanted.shards))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "bank"
@@ -39,7 +41,13 @@ def tried(config: Config, wanted: Wanted) -> Setup:
                 check_split(setup, "validation")
         finally:
             bank.close()
-    return setup
+    return setup._replace(config=on_device(setup.config, device))
+
+
+def on_device(config: Config, device: str) -> Config:
+    """A config for another device."""
+    training = config.training.model_copy(update={"device": device})
+    return config.model_copy(update={"training": training})
 
 
 def check_wanted(config: Config, wanted: Wanted) -> None:
@@ -59,6 +67,11 @@ def check_wanted(config: Config, wanted: Wanted) -> None:
                 " same process: expected 'memory-lstm', or no --shards"
             )
         check_at_most("--shards", wanted.shards, "bank.num_rows", config.bank.num_rows)
+    if config.training.device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"training.device is {config.training.device!r}, expected 'cpu' or 'cuda': with"
+            " --shards each worker has a GPU of its own"
+        )
     check_shares(config.training.batch_size, wanted.workers)
 
 

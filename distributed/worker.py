@@ -64,6 +64,7 @@ def train(work: Work) -> str:
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     config, run = make_config(work.config), seen_run(work, rank)
+    config.training.capture = "off"  # over a bank there is nothing to capture
     shards = RayShards(work.actors, work.timeout)
     newest = None
     if rank == 0:
@@ -71,7 +72,7 @@ def train(work: Work) -> str:
     agreed = ray.train.collective.broadcast_from_rank_zero
     newest = agreed(newest)
     on_gpu = torch.device(config.training.device).type == "cuda"
-    join(rank, size, ray.util.get_node_ip_address(), agreed, on_gpu=on_gpu)
+    join(rank, size, own_address(), agreed, on_gpu=on_gpu)
     bank = ShardedBank(work.bank, shards.another(), worker=rank, num_workers=size)
     trainer = Trainer(prepare(config, bank), GroupTeam(), Versions(bank, run))
     if newest is not None:
@@ -91,9 +92,14 @@ def seen_run(work: Work, rank: int) -> RunFolder:
         if session.read_text() == work.session:
             return RunFolder(work.run)
     raise RunError(
-        f"worker {rank} on node {ray.util.get_node_ip_address()} does not see {session}: run and"
-        " bank have to be in a folder that all nodes share"
+        f"worker {rank} on node {own_address()} does not see {session}: run and bank have to be"
+        " in a folder that all nodes share"
     )
+
+
+def own_address() -> str:
+    """Of this node, which the others reach it by."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class DeskReporter(Reporter):
@@ -109,7 +115,7 @@ class DeskReporter(Reporter):
         self._metrics.report(step, values["loss"])
 
     def _leave_at_desk(self, words: list[Word]) -> Answer:
-        under_way = self._desk.leave.remote(words)
+        under_way: Any = self._desk.leave.remote(words)
 
         def answer(patience: float) -> bool | None:
             try:

@@ -43,7 +43,7 @@ def test_workers_take_their_share_and_no_rows(plain_errors):
 def test_groups_are_what_is_planned(plain_errors):
     plan = plan_spread(config_of(), Wanted(4, 2))
     shard, worker = groups_of(config_of(), Wanted(4, 2))
-    assert (shard.count, worker.count) == (4, 2)
+    assert (shard.number, worker.number) == (4, 2)
     assert shard.each.memory == pytest.approx(plan.shard_memory, rel=0.1)  # libraries grow
     assert (worker.each.cpus, worker.each.gpus) == (1, 0)
 

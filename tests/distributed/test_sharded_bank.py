@@ -172,3 +172,19 @@ def test_a_gradient_that_the_wire_cannot_hold_steps_no_shard():
     with pytest.raises(ValueError, match=r"the gradient of keys in torch.float16\[.*\] is -?inf"):
         RowSGD([bank.keys], lr=1e-9).step()
     assert torch.equal(whole(bank)[1], before)
+
+
+@pytest.mark.gpu
+def test_queries_may_be_on_a_gpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        bank = sharded(2, 20, 4, initial="normal")
+        queries = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device)
+        queries.requires_grad_()
+        hit = bank.read(queries, 5)
+        assert hit.rows.device.type == hit.ids.device.type == device
+        (hit.scores.square().sum() + hit.values.sin().sum()).backward()
+        assert bank.keys.grad.device.type == "cpu"
+        found.append([queries.grad.cpu(), bank.keys.grad.to_dense(), hit.scores.detach().cpu()])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)

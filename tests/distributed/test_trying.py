@@ -18,7 +18,14 @@ def test_a_config_is_resolved():
     assert setup.config.evaluation.level == 4
 
 
-def test_a_large_bank_is_not_made(monkeypatch):
+def test_workers_may_have_gpus_where_the_driver_has_none():
+    training = CONFIG["training"] | {"device": "cuda"}
+    assert tried(changed(training=training), Wanted(4, 2)).config.training.device == "cuda"
+    with pytest.raises(ConfigError, match=r"device is 'cuda:1', expected 'cpu' or 'cuda'"):
+        tried(changed(training=training | {"device": "cuda:1"}), Wanted(4, 2))
+
+
+def test_a_large_bank_is_not_made():
     bank = CONFIG["bank"] | {"num_rows": 10**12}
     assert tried(changed(bank=bank), Wanted(4, 2)).config.bank.num_rows == 10**12
 
