@@ -107,8 +107,8 @@ def write_step(
         return None
     order.kept, order.pointer, store.touched, store.extent = fresh, start, touched, extent
     store.version += 1
-    if store.sealed is not None:
-        store.sealed.update(ids.flatten(1), store.rows, store.norms)
+    if store.trees is not None:
+        store.trees.update(ids.flatten(1), store.rows, store.norms)
     return Entries(ids, weights)
 
 

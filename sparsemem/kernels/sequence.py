@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 128  # at once: bounds what is kept of steps that need no gradient
 EVERYTHING = 2**62  # rows; more than there can be
+TREE_TABLES = 16  # arrays of trees
 
 
 class Layers(NamedTuple):
@@ -101,20 +102,13 @@ def steps_at_once(store: EpisodeStore, last: Entries, top_k: int) -> int:
 
 def sequence_kernels(store: EpisodeStore, last: Entries, top_k: int) -> Kernels | None:
     """The kernels, if the next step at least can be taken by `take_sequence`."""
-    heads = last.ids.shape[1]
     if (
         last.ids.shape[2] != top_k  # the first step, which has no last reads
-        or store.order.kept.shape[1] != heads
-        or store.extent + heads + top_k > scanned_rows(store)
+        or store.order.kept.shape[1] != last.ids.shape[1]
         or not can_step(store, last.weights, last)
     ):
         return None
     return kernels_for(store.rows.dtype, links=False)
-
-
-def scanned_rows(store: EpisodeStore) -> int:
-    """Up to how many touched rows every search is a scan."""
-    return EVERYTHING if store.sealed is None else store.sealed.minimum - 1
 
 
 @torch.no_grad()
@@ -197,8 +191,8 @@ def advance(
 ) -> int:
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
     sizes, taken, lap_begun = sequence.sizes, 0, False
-    while taken < sizes.steps and store.extent + sizes.growth <= scanned_rows(store):
-        store.reserve(store.extent + sizes.growth)
+    while taken < sizes.steps:
+        reserve(store, sizes)
         now = run(kernels, store, sequence, weights, taken)
         has_room = store.extent + sizes.growth <= rows_allowed(store)
         if now == taken and has_room:
@@ -209,10 +203,29 @@ def advance(
     return taken
 
 
+def reserve(store: EpisodeStore, sizes: Sizes) -> None:
+    """Make room for a step, in the table and in the trees of rows."""
+    extent = store.extent + sizes.growth
+    store.reserve(extent)
+    trees = store.trees
+    if trees is not None and extent >= trees.minimum:
+        entering = extent - int(trees.entered.min())
+        trees.reserve(store.rows.shape[1], entering, sizes.heads * (sizes.top_k + 1))
+
+
 def rows_allowed(store: EpisodeStore) -> int:
     """Up to how many touched rows the kernel goes on."""
     capacity = store.rows.shape[1]
-    return min(scanned_rows(store), capacity if capacity < store.num_slots else EVERYTHING)
+    return capacity if capacity < store.num_slots else EVERYTHING
+
+
+def searching(store: EpisodeStore, top_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """From where on rows are found by trees, how, their sizes and their addresses."""
+    trees = store.trees
+    if trees is None:
+        return (EVERYTHING, *[0] * 6), (0,) * TREE_TABLES
+    _, _, _, *sizes = trees.tables.sizes
+    return (trees.minimum, *trees.effort(top_k), *sizes), trees.tables.places
 
 
 def run(
@@ -228,8 +241,9 @@ def run(
     bits = GRID_BITS[store.rows.dtype]
     limits = (capacity, store.num_slots, bits, order.time - first, rows_allowed(store), first)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
-    places = addresses(*state, pointer, kept, *weights, *sequence.records)
-    now = kernels.unroll(kernels.like, (*sizes, *limits), places)
+    found, tables = searching(store, sizes.top_k)
+    places = (*addresses(*state, pointer, kept, *weights, *sequence.records), *tables)
+    now = kernels.unroll(kernels.like, (*sizes, *limits, *found), places)
     store.version += now > first
     store.touched, store.extent = touched, int(touched.max())
     order.pointer, order.kept, order.time = pointer, kept, order.time + now - first

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemem.kernels.compiled import array_at, assign, clear, kernel
+from sparsemem.kernels.codes import encode, query_length
+from sparsemem.kernels.compiled import array_at, assign, clear, inverse_norm, kernel
 from sparsemem.kernels.controller import add_product, lstm, lstm_backward
 from sparsemem.kernels.gradients import read_backward, write_backward
 from sparsemem.kernels.steps import (
@@ -22,6 +23,7 @@ from sparsemem.kernels.steps import (
     read,
     write,
 )
+from sparsemem.kernels.tree import has_room, propose, tree_of, trees_at, update
 
 
 @kernel
@@ -29,10 +31,12 @@ def unroll(like, sizes, addresses):
     """Steps `first` .. T - 1; how many are taken then.
 
     It stops before a step that might touch rows beyond `allowed`, or for which a lap holds too few
-    slots, or whose last reads are out of place.
+    slots or a tree too few nodes, or whose last reads are out of place. Elements that have touched
+    `minimum` rows find them by their trees.
     """
     steps, batch, heads, width, inputs, k, hidden = sizes[:7]
-    capacity, num_slots, grid_bits, time, allowed, first = sizes[7:]
+    capacity, num_slots, grid_bits, time, allowed, first = sizes[7:13]
+    minimum, proposed, groups, lists, node_size, node_lists, node_groups = sizes[13:]
     whole, features, scale = np.empty(0, np.int64), hidden + heads * width, 2.0**grid_bits
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
@@ -56,6 +60,9 @@ def unroll(like, sizes, addresses):
     weights = array_at(addresses[18], like, (steps + 1, batch, heads, k))
     read_rows = array_at(addresses[19], like, (steps, batch, heads, k, width))
     links = array_at(addresses[18], like, (heads, 2, 0, k))  # of SDNC
+    shape = (batch, width, capacity, node_size, node_lists, node_groups)
+    trees = trees_at(shape, addresses[20:])
+    candidates, code = np.empty(proposed, np.int64), np.empty(width, np.int16)
     fresh, next_start = np.empty_like(kept), np.empty_like(start)
     for t in range(first, steps):
         for b in range(batch):
@@ -68,6 +75,7 @@ def unroll(like, sizes, addresses):
                 or next_start[b] == LAP_ENDED
                 or not in_range(fresh[b], capacity)
                 or not in_range(ids[t, b], capacity)
+                or not can_find(tree_of(trees, b), touched[b] + heads + k, minimum, write_ids[t, b])
             ):
                 return t
         add_product(carried[t], recurrent, gates[t], 0, batch)
@@ -83,12 +91,17 @@ def unroll(like, sizes, addresses):
                 write_ids[t, b], write_weights[b],
             )  # fmt: skip
             touched[b] = max(touched[b], stop)
-            visible = min(touched[b] + k, num_slots)
+            visible, scanned, tree = min(touched[b] + k, num_slots), 0, tree_of(trees, b)
+            if touched[b] >= minimum:
+                scanned = min(touched[b], num_slots - k)
+                update(tree, write_ids[t, b], touched[b], rows[b], norms[b], code)
             for head in range(heads):
-                rank(
-                    rows[b], norms[b], whole, 0, visible, values[t, b, head, :width], scale,
-                    ids[t + 1, b, head],
-                )  # fmt: skip
+                query, found = values[t, b, head, :width], whole
+                if touched[b] >= minimum:
+                    encode(query, inverse_norm(query), query_length(width), code)
+                    propose(tree, code, groups, lists, candidates, k)
+                    found = candidates
+                rank(rows[b], norms[b], found, scanned, visible, query, scale, ids[t + 1, b, head])
             read(
                 rows[b], values[t, b], width, ids[t + 1, b], links, weights[t, b],
                 read_rows[t, b], weights[t + 1, b],
@@ -100,6 +113,12 @@ def unroll(like, sizes, addresses):
             )  # fmt: skip
             touched[b] = max(touched[b], ids[t + 1, b].max() + 1)
     return steps
+
+
+@kernel
+def can_find(tree, stop, minimum, writes):
+    """Whether a tree has room for a step after which `stop` rows may have been touched."""
+    return stop < minimum or has_room(tree, stop - tree.entered[0], writes.size)
 
 
 @kernel
@@ -155,4 +174,4 @@ def unroll_backward(like, sizes, addresses):
         add_product(to_gates[t], recurrent, to_carried[t], begin, end)
 
 
-ENTRIES = {unroll: (13, 20), unroll_backward: (10, 15)}  # sizes and addresses
+ENTRIES = {unroll: (20, 36), unroll_backward: (10, 15)}  # sizes and addresses

@@ -77,8 +77,8 @@ class Episode:
     ) -> Episode:
         """B episodes whose N slots all hold `base`; nothing of size N is allocated.
 
-        Beyond `index_after` touched slots a search goes through a FAISS index over the older
-        rows (None, and on a device: always exact).
+        From `index_after` touched slots on an episode finds them by a tree, approximately (None,
+        and on a device: always exactly).
         """
         check_size("batch_size", batch_size)
         check_size("num_slots", num_slots)
@@ -106,8 +106,8 @@ class Episode:
         Args:
             bank: rows that are their own values, compared by cosine.
             batch_size: B.
-            index_after: touched rows of each episode beyond which those are searched by a FAISS
-                index too (None: never).
+            index_after: touched rows of an episode from which on those are found by a tree
+                (None: never).
         """
         check_bank("bank", bank)
         store = BankStore.start(bank, check_size("batch_size", batch_size), index_after)
@@ -239,8 +239,8 @@ class Episode:
     ) -> MemoryStep | None:
         """A whole step of SAM (with links: of SDNC), by compiled kernels.
 
-        None, with nothing done, where there is no kernel for it: banks, long episodes that are
-        searched through an index, other devices and dtypes, Numba missing or switched off.
+        None, with nothing done, where there is no kernel for it: banks, other devices and dtypes,
+        Numba missing or switched off.
 
         Args:
             values: interface values of H heads, in the order of `SAMCell`.
@@ -321,7 +321,7 @@ class Episode:
     def clone(self) -> Episode:
         """An independent copy; the gradients of both flow back into what came before.
 
-        Takes time and space of all touched rows; an index is built anew when it is next needed.
+        Takes time and space of all touched rows.
         """
         self._check_current()
         store = self._store.to(self._store.rows.device, self._store.rows.dtype)

@@ -119,12 +119,12 @@ class BankStore(EpisodeStore):
     def _touched_candidates(self, units: Float[Tensor, "B H W"], k: int) -> Candidates:
         """The k best touched rows, or what an index proposes for them."""
         shape, start, parts = units.shape[:2], 0, []
-        if self.sealed is not None and self.sealed.absorb(self.touched, self.rows, self.norms):
+        if self.absorb():
             start = int(self.touched.min())  # rows that all episodes have touched
         if start >= k:
-            assert self.sealed is not None
+            assert self.trees is not None
             rows, norms = self.rows[:, :start], self.norms[:, :start]
-            positions, scores = self.sealed.candidates(units, k, rows, norms)
+            positions, scores = self.trees.candidates(units, k, rows, norms)
             slots = self.slots.of.gather(1, positions.flatten(1)).view_as(positions)
             parts.append(Candidates(slots.masked_fill(scores == -torch.inf, NONE), scores))
         rows, norms = self.rows[:, start : self.extent], self.norms[:, start : self.extent]

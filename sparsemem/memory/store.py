@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsemem import devices
 from sparsemem.indexes.metrics import inverse_norm
 from sparsemem.indexes.ranking import top_k
-from sparsemem.indexes.sealed import SealedRows
+from sparsemem.memory.row_tree import RowTrees
 from sparsemem.memory.slots import Slots
 from sparsemem.memory.tape import Tape, flatten_ids
 from sparsemem.memory.usage import AccessOrder
@@ -48,9 +48,9 @@ class EpisodeStore:
         self.version = 0
         self.index_after = index_after
         # On a device a search is a scan at any length.
-        self.sealed: SealedRows | None = None
+        self.trees: RowTrees | None = None
         if index_after is not None and not devices.is_device(rows):
-            self.sealed = SealedRows(batch_size, width, index_after)
+            self.trees = RowTrees(batch_size, width, index_after)
         self._spare: list[Tensor] = []  # gradient buffers, all zero
 
     @property
@@ -134,8 +134,8 @@ class EpisodeStore:
         table.index_add_(0, flat, added.flatten(0, 2))
         changed = torch.cat([flat, erased])
         self.norms.view(-1).index_copy_(0, changed, inverse_norm(table.index_select(0, changed)))
-        if self.sealed is not None:
-            self.sealed.update(torch.cat([ids.flatten(1), erase], 1), self.rows, self.norms)
+        if self.trees is not None:
+            self.trees.update(torch.cat([ids.flatten(1), erase], 1), self.rows, self.norms)
 
     def search(self, queries: Tensor, k: int) -> Tensor:
         """The k rows of largest cosine to queries [B, H, W], best first, ties by slot: [B, H, k].
@@ -145,25 +145,25 @@ class EpisodeStore:
         """
         visible = self.visible(k)
         scaled = queries * inverse_norm(queries).unsqueeze(-1)
-        if self.sealed is not None and self.absorb():
+        if self.trees is not None and self.absorb():
             rows, norms = self.rows[:, :visible], self.norms[:, :visible]
-            candidates, scores = self.sealed.candidates(scaled, k, rows, norms)
+            candidates, scores = self.trees.candidates(scaled, k, rows, norms)
             return candidates.gather(2, top_k(scores, k))
         scores = torch.bmm(scaled, self.rows[:, :visible].mT)
         return top_k(scores * self.norms[:, :visible].unsqueeze(1), k)
 
     def absorb(self) -> bool:
-        """Whether older rows are searched by an index, which is told of those now due."""
-        sealed = self.sealed
-        if sealed is None or self.extent < sealed.minimum:
+        """Whether rows are found by trees, which are told of all that are new."""
+        trees = self.trees
+        if trees is None or self.extent < trees.minimum:
             return False
-        return sealed.absorb(self.touched, self.rows, self.norms)
+        return trees.absorb(self.touched, self.rows, self.norms)
 
     def propose(self, queries: Float[Tensor, "B H W"], k: int) -> tuple[int, Int[Tensor, "B H C"]]:
         """After `absorb`: where the rows to be scanned begin, and candidates before it."""
-        assert self.sealed is not None, "there is an index"
-        start = min(self.sealed.sealed, self.extent, self.num_slots - k)
-        return start, self.sealed.proposed(queries, k)
+        assert self.trees is not None, "there are trees"
+        start = min(int(self.trees.entered.min()), self.num_slots - k)
+        return start, self.trees.proposed(queries, k)
 
     @property
     def slot_table(self) -> Int[Tensor, "B M"] | None:
@@ -204,6 +204,8 @@ class EpisodeStore:
         copy.touched = self.touched.to(device, copy=True)
         copy.extent = self.extent if copy.is_bounded else int(copy.touched.max())
         copy.order = self.order.to(device, copy.slots)
+        if copy.trees is not None and self.trees is not None:
+            copy.trees = self.trees.copy()
         return copy
 
 

@@ -33,7 +33,7 @@ from sparsemem.models.precision import is_autocast, outside_autocast
 
 NUM_SLOTS, SLOT_DIM = 1_048_576, 32  # unless given, or those of a bank
 NUM_HEADS, TOP_K = 4, 4
-INDEX_AFTER = 8_192  # touched rows; below, an exact scan is faster than the index
+INDEX_AFTER = 8_192  # touched rows; below, an exact scan is about as fast
 
 # Where the gates start (docs/architecture.md): write to fresh slots, read sharply.
 STRENGTH_BIAS = 8.0
@@ -128,8 +128,8 @@ class SAMCell(Cell):
         num_heads: H.
         top_k: K, rows that a head reads.
         controller: factory of the controller, called with (input width, hidden_size).
-        index_after: touched rows beyond which a FAISS index is searched; None, and on a device:
-            never.
+        index_after: touched rows from which on they are found by a tree, approximately; None, and
+            on a device: never.
         strength_bias, interpolation_bias: where beta and gamma start, before oneplus and sigmoid.
         bypass_dropout: chance in training that a controller output does not reach the output
             layer, which then has to rely on what was read (Franke et al. 2018, arXiv 1807.02658).

@@ -190,7 +190,8 @@ def memory_bytes(cell: Cell, batch: int, run: Pass) -> int:
         links = 2 * cell.num_heads * run.links * cell.num_links * (INT + size)
     index = 0
     if cell.index_after is not None and run.touched > cell.index_after:
-        index = run.touched * (4 * cell.slot_dim + 2 * INT)  # FAISS: float32 rows, ids, places
+        # A tree: a byte a number and an id in lists that are two thirds full, as much room, places.
+        index = 3 * run.touched * (cell.slot_dim + INT) + run.capacity * INT
     return batch * (run.capacity * row + links + index)
 
 

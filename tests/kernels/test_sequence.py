@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from torch.nn.utils import parametrize
 
 from sparsemem.kernels.sequence import MAX_STEPS
+from sparsemem.memory import row_tree
 from sparsemem.models.controller import LSTMController
 from sparsemem.models.sam import SAM, SAMCell
 from tests.kernels.comparing import F32, F64, assert_same, everything, ids_of, random_case
@@ -187,16 +188,43 @@ def test_long_sequences_are_taken_in_parts(grad, num_slots, form, taken):
         assert torch.equal(a, b)
 
 
-def test_it_ends_where_the_index_begins(form, taken):
-    pytest.importorskip("faiss")
-    model, input = small(num_slots=1000, index_after=40), torch.randn(2, 40, 3, dtype=F64)
+def test_it_goes_on_where_trees_begin(form, taken, monkeypatch):
+    """All lists are looked into: nothing is missed."""
+    monkeypatch.setattr(row_tree, "NODE_SIZE", 16)
+    monkeypatch.setattr(row_tree, "PROBED_LISTS", 1_000)
+    model = small(num_slots=1000, index_after=40)
+    input = torch.randn(2, 100, 3, dtype=F64, requires_grad=True)
     output, state = model(input)
-    assert taken[0] == 0
-    assert 5 < taken[1] < 20
-    assert not any(taken[2:])
-    assert state.episode._store.sealed.sealed >= 32, "the index was used"
+    assert taken == [0, 99]
+    trees = state.episode._store.trees
+    assert trees.entered.min() >= 40
     form("reference")
-    torch.testing.assert_close(output, model(input)[0], rtol=0, atol=1e-11)
+    expected, end = model(input)
+    assert not end.episode._store.trees.entered.any(), "the reference scans"
+    ours, truth = everything(model, input, output, state), everything(model, input, expected, end)
+    assert_same(ours, truth, F64)
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_slots", [60, 100_000])
+def test_long_episodes_step_by_step_and_in_chunks(num_slots, form, taken, monkeypatch):
+    """Lists that are not looked into hide the same rows; a full memory begins laps."""
+    monkeypatch.setattr(row_tree, "NODE_SIZE", 16)
+    monkeypatch.setattr(row_tree, "PROBED_LISTS", 2)
+    model, input = small(num_slots=num_slots, index_after=30), torch.randn(2, 120, 3, dtype=F64)
+    output, end = model(input)
+    state, parts = None, []
+    for chunk in input.split(7, 1):
+        part, state = model(chunk, state)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.episode.rows(), end.episode.rows(), rtol=0, atol=1e-12)
+    form("steps")
+    expected, stepped = model(input)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-11)
+    for a, b in zip(ids_of(end), ids_of(stepped), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_least_recent_slots_asked_for_in_between_change_nothing(form):

@@ -104,7 +104,7 @@ def test_an_episode_in_the_device_form_is_the_same(num_slots, steps, heads, k):
     with forced():
         ours, other = history_of(num_slots, heads, k, steps)
         assert other._store.is_bounded
-        assert other._store.sealed is None, "a search is a scan at any length"
+        assert other._store.trees is None, "a search is a scan at any length"
         assert other.bound >= other.extent == episode.extent
         assert torch.equal(other.touched, episode.touched)
         torch.testing.assert_close(other.rows(), episode.rows(), rtol=0, atol=1e-14)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from sparsemem.bank import MemoryBank
-from sparsemem.indexes import sealed as sealed_module
 from sparsemem.indexes.base import Found
-from sparsemem.memory import overlay
+from sparsemem.memory import overlay, row_tree
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
 from sparsemem.memory.overlay import filled
@@ -228,9 +227,9 @@ def test_any_index_of_the_bank_serves(index):
 
 
 def test_a_long_episode_with_an_index_of_its_own_finds_the_same(monkeypatch):
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(sealed_module, "PROBED_LISTS", 10_000)
-    monkeypatch.setattr(sealed_module, "TAIL", 16)
+    pytest.importorskip("numba")
+    monkeypatch.setattr(row_tree, "NODE_SIZE", 16)
+    monkeypatch.setattr(row_tree, "PROBED_LISTS", 1_000)
     generator = torch.Generator().manual_seed(2)
     bank = MemoryBank(600, 4)
     bank.write(torch.arange(0, 600, 2), torch.randn(300, 4, generator=generator))
@@ -244,7 +243,7 @@ def test_a_long_episode_with_an_index_of_its_own_finds_the_same(monkeypatch):
         for which, episode in enumerate(pair):
             pair[which] = episode.write(at.unsqueeze(1), torch.ones(2, 1, 2), query, at[:, :1])
     assert pair[0].touched[1] < pair[0].touched[0]
-    assert pair[0]._store.sealed.sealed >= 40
+    assert pair[0]._store.trees.entered.max() >= 40
     queries = torch.randn(2, 20, 4, generator=generator)
     assert torch.equal(pair[0].search(queries, 7), pair[1].search(queries, 7))
 

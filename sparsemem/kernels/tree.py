@@ -1,0 +1,398 @@
+"""A tree that the rows of a long episode are found by, and that grows with them; compiled.
+
+Rows that point the same way lie together in a *list*, lists in a *group*, groups in the root: each
+is a node, which holds directions side by side, with the member that each stands for: a row, or a
+list or a group, by the mean direction of what is in it. A node that is full is split in two; a
+list that few rows are left in is given up, its rows go to others. So entering or moving a row
+takes the same time however many there are, and nothing is ever built anew. (Split, give up,
+reassign: as SPFresh, Xu et al. 2023, arXiv 2410.14452, but in memory and at once.)
+
+Directions are codes (codes.py). Their products are off by MARGIN at most, nearly always: rows that
+come as near to the k-th best are proposed, and scored from the rows by the caller.
+
+Functions are for one element of the batch, but for those with ENTRIES. Shape letters beside those
+of steps.py: S members that a node has room for.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sparsemem.kernels.codes import LENGTH, MARGIN, encode, products, query_length
+from sparsemem.kernels.compiled import array_at, clear, insert, kernel
+
+NONE = -1
+HOMES = 3  # groups in which the list for a row is looked for
+ROUNDS = 4  # of 2-means, when a node is split
+PART = 4  # a part of a split node has a quarter of its members, at least
+FEW = 16  # a list with less than a sixteenth of the rows that it has room for is given up
+
+
+class Level(NamedTuple):
+    """Nodes of one kind; which are free begins in `state`, and goes on by `counts`."""
+
+    codes: Any  # [nodes, W, S]
+    members: Any  # [nodes, S]
+    counts: Any  # members of each node
+    places: Any  # of each member: node * S + its place there; NONE: not in the tree
+    state: Any  # how many nodes were ever in use; the first of those that are free again
+
+
+class Tree(NamedTuple):
+    """What an element's rows are found by."""
+
+    rows: Level  # its nodes are the lists
+    lists: Level  # its nodes are the groups
+    groups: Level  # its one node is the root
+    entered: Any  # [1]: rows 0 .. entered - 1 are in the tree
+
+
+@kernel
+def scan(level, nodes, query, best, kept, scores):
+    """The members of nodes with the largest products, best first, ties by number: as many as
+    `best` has room for. The last but `kept` of them are only such as come within the margin of
+    the one before; NONE behind them. `scores` [len(nodes), S] is overwritten.
+    """
+    k, cells, largest = 0, np.empty(len(best), np.int64), np.empty(len(nodes), np.int64)
+    for i in range(len(best)):
+        best[i] = NONE
+    for i in range(len(nodes)):
+        if nodes[i] != NONE:
+            count = level.counts[nodes[i]]
+            largest[i] = products(level.codes[nodes[i]], count, query, scores[i])
+            if k < kept or largest[i] >= cells[kept - 1]:
+                members = level.members[nodes[i]]
+                k = enter_best(cells[:kept], best[:kept], k, scores[i], members, count)
+    if k < kept or kept == len(best):
+        return
+    least = cells[kept - 1] - MARGIN * LENGTH * query_length(len(query))
+    found = 0
+    for i in range(len(nodes)):
+        if nodes[i] != NONE and largest[i] >= least:
+            for place in range(level.counts[nodes[i]]):
+                if scores[i, place] >= least:
+                    member = level.members[nodes[i], place]
+                    found, _ = insert(cells, best, found, scores[i, place], member)
+
+
+@kernel
+def enter_best(cells, best, found, scores, members, count):
+    """Put those members where they belong that are among the best so far. How many there are."""
+    k = len(best)
+    for place in range(count):
+        if found < k or scores[place] >= cells[k - 1]:
+            found, _ = insert(cells, best, found, scores[place], members[place])
+    return found
+
+
+@kernel
+def propose(tree, query, groups, lists, best, k):
+    """Rows among which the k best for the code of a query should be: of the nearest of the lists
+    of the nearest groups, as many of these as the arguments say.
+    """
+    size = tree.rows.members.shape[1]
+    scores = np.empty((max(groups, lists), size), np.int16)
+    of_root = np.empty((1, tree.groups.members.shape[1]), np.int16)
+    near_groups, near_lists = np.empty(groups, np.int64), np.empty(lists, np.int64)
+    scan(tree.groups, np.zeros(1, np.int64), query, near_groups, groups, of_root)
+    scan(tree.lists, near_groups, query, near_lists, lists, scores)
+    scan(tree.rows, near_lists, query, best, k, scores)
+
+
+@kernel
+def assign_code(level, node, place, code):
+    """Set the code at a place of a node."""
+    for j in range(len(code)):
+        level.codes[node, j, place] = code[j]
+
+
+@kernel
+def append(level, node, member, code):
+    """Add a member to a node."""
+    place = level.counts[node]
+    assign_code(level, node, place, code)
+    level.members[node, place] = member
+    level.places[member] = node * level.members.shape[1] + place
+    level.counts[node] = place + 1
+
+
+@kernel
+def take_out(level, member):
+    """Remove a member from its node, whose last one takes its place. The node."""
+    size = level.members.shape[1]
+    node, place = level.places[member] // size, level.places[member] % size
+    last = level.counts[node] - 1
+    for j in range(level.codes.shape[1]):
+        level.codes[node, j, place] = level.codes[node, j, last]
+    level.members[node, place] = level.members[node, last]
+    level.places[level.members[node, place]] = node * size + place
+    level.places[member] = NONE
+    level.counts[node] = last
+    return node
+
+
+@kernel
+def new_node(level):
+    """An empty node: one that was given up, or one that never was in use."""
+    node = level.state[1]
+    if node == NONE:
+        node = level.state[0]
+        level.state[0] += 1
+    else:
+        level.state[1] = level.counts[node]
+    level.counts[node] = 0
+    return node
+
+
+@kernel
+def give_up(level, node):
+    """Make a node free."""
+    level.counts[node] = level.state[1]
+    level.state[1] = node
+
+
+@kernel
+def divide(codes, sides, means):
+    """Part the first of codes [W, S] in two by 2-means of directions: sides [n], means [2, W].
+
+    Where one part would be too small, it gets those that lean towards it most.
+    """
+    leaning = np.empty(len(sides))
+    for i in range(len(sides)):
+        sides[i] = 0
+    mean_direction(codes, sides, 0, means[0])
+    for side in (0, 1):  # begin with the one least like all of them, and the one least like that
+        lean(codes, means[0], leaning)
+        farthest = 0
+        for i in range(len(sides)):
+            if leaning[i] < leaning[farthest]:
+                farthest = i
+        for j in range(len(codes)):
+            means[side, j] = codes[j, farthest]
+    for _ in range(ROUNDS):
+        lean(codes, means[1] - means[0], leaning)
+        for i in range(len(sides)):
+            sides[i] = 1 if leaning[i] > 0 else 0
+        balance(leaning, sides)
+        mean_direction(codes, sides, 0, means[0])
+        mean_direction(codes, sides, 1, means[1])
+
+
+@kernel
+def lean(codes, axis, leaning):
+    """How far the first of codes [W, S] point along an axis."""
+    clear(leaning)
+    for j in range(len(codes)):
+        for i in range(len(leaning)):
+            leaning[i] += axis[j] * codes[j, i]
+
+
+@kernel
+def mean_direction(codes, sides, side, mean):
+    """The mean direction of those codes [W, S] that are on a side; as long as a code."""
+    total = 0.0
+    for j in range(len(codes)):
+        entry = 0
+        for i in range(len(sides)):
+            entry += codes[j, i] * (sides[i] == side)
+        mean[j] = entry
+        total += mean[j] * mean[j]
+    for j in range(len(codes)):
+        mean[j] *= LENGTH / np.sqrt(total) if total > 0 else 0
+
+
+@kernel
+def balance(leaning, sides):
+    """Move those that lean most until both sides have a quarter."""
+    count, second = len(sides), sides.sum()
+    side = 1 if second < count // PART else 0
+    sign, missing = 2 * side - 1, count // PART - (second if side else count - second)
+    for _ in range(missing):
+        chosen = NONE
+        for i in range(count):
+            if sides[i] != side and (chosen == NONE or sign * leaning[i] >= sign * leaning[chosen]):
+                chosen = i
+        sides[chosen] = side
+
+
+@kernel
+def split(level, node, above):
+    """Move a part of a node's members to a new one, which the node above gets. That one."""
+    count, width = level.counts[node], level.codes.shape[1]
+    sides, means = np.empty(count, np.int64), np.empty((2, width))
+    divide(level.codes[node], sides, means)
+    new, code = new_node(level), np.empty(width, np.int16)
+    for place in range(count - 1, -1, -1):  # what takes a place has been looked at
+        if sides[place]:
+            member = level.members[node, place]
+            for j in range(width):
+                code[j] = level.codes[node, j, place]
+            take_out(level, member)
+            append(level, new, member, code)
+    size = above.members.shape[1]
+    parent, place = above.places[node] // size, above.places[node] % size
+    encode(means[0], 1 / LENGTH, LENGTH, code)
+    assign_code(above, parent, place, code)
+    encode(means[1], 1 / LENGTH, LENGTH, code)
+    append(above, parent, new, code)
+    return parent
+
+
+@kernel
+def home(tree, code):
+    """The list for a code: the nearest one of the nearest groups."""
+    groups, chosen = np.empty(HOMES, np.int64), np.empty(1, np.int64)
+    of_root = np.empty((1, tree.groups.members.shape[1]), np.int16)
+    of_groups = np.empty((HOMES, tree.lists.members.shape[1]), np.int16)
+    scan(tree.groups, np.zeros(1, np.int64), code, groups, HOMES, of_root)
+    scan(tree.lists, groups, code, chosen, 1, of_groups)
+    return chosen[0]
+
+
+@kernel
+def add(tree, node, row, code):
+    """Add a row to a list; split what is full then."""
+    append(tree.rows, node, row, code)
+    if tree.rows.counts[node] == tree.rows.members.shape[1]:
+        group = split(tree.rows, node, tree.lists)
+        if tree.lists.counts[group] == tree.lists.members.shape[1]:
+            split(tree.lists, group, tree.groups)
+
+
+@kernel
+def scatter(tree, node):
+    """Give up a list and add its rows to others, if there are others."""
+    group = tree.lists.places[node] // tree.lists.members.shape[1]
+    if tree.lists.counts[group] == 1:
+        if tree.groups.counts[0] == 1:
+            return
+        take_out(tree.groups, group)
+        take_out(tree.lists, node)
+        give_up(tree.lists, group)
+    else:
+        take_out(tree.lists, node)
+    code = np.empty(tree.rows.codes.shape[1], np.int16)
+    for place in range(tree.rows.counts[node]):
+        for j in range(len(code)):
+            code[j] = tree.rows.codes[node, j, place]
+        add(tree, home(tree, code), tree.rows.members[node, place], code)
+    give_up(tree.rows, node)
+
+
+@kernel
+def put(tree, row, code):
+    """Enter a row by its code, or tell where one that is in the tree points now."""
+    if tree.groups.counts[0] == 0:
+        group, chosen = new_node(tree.lists), new_node(tree.rows)
+        append(tree.groups, 0, group, code)
+        append(tree.lists, group, chosen, code)
+    size, place = tree.rows.members.shape[1], tree.rows.places[row]
+    chosen = home(tree, code)
+    if place == NONE:
+        add(tree, chosen, row, code)
+    elif place // size == chosen:
+        assign_code(tree.rows, chosen, place % size, code)
+    else:
+        left = take_out(tree.rows, row)
+        add(tree, chosen, row, code)
+        if tree.rows.counts[left] < size // FEW:
+            scatter(tree, left)
+
+
+@kernel
+def update(tree, ids, touched, rows, norms, code):
+    """Tell a tree of rows at ids that have changed, and of all that were touched since."""
+    entered = tree.entered[0]
+    for id in ids.flat:
+        if id < entered:
+            encode(rows[id], norms[id], LENGTH, code)
+            put(tree, id, code)
+    for id in range(entered, touched):
+        encode(rows[id], norms[id], LENGTH, code)
+        put(tree, id, code)
+    tree.entered[0] = max(entered, touched)
+
+
+@kernel
+def has_room(tree, entering, moving):
+    """Whether there are nodes enough to enter so many rows, and to move so many."""
+    size = tree.rows.members.shape[1]
+    lists = len(tree.rows.counts) - tree.rows.state[0]
+    groups = len(tree.lists.counts) - tree.lists.state[0]
+    return min(lists, groups) >= 2 + PART * entering // size + moving * (1 + size // FEW)
+
+
+@kernel
+def trees_at(sizes, addresses):
+    """The trees of all elements, each array with the batch in front."""
+    batch, width, capacity, size, lists, groups = sizes
+    whole, byte = np.empty(0, np.int64), np.empty(0, np.int8)
+    rows = Level(
+        array_at(addresses[0], byte, (batch, lists, width, size)),
+        array_at(addresses[1], whole, (batch, lists, size)),
+        array_at(addresses[2], whole, (batch, lists)),
+        array_at(addresses[3], whole, (batch, capacity)),
+        array_at(addresses[4], whole, (batch, 2)),
+    )
+    middle = Level(
+        array_at(addresses[5], byte, (batch, groups, width, size)),
+        array_at(addresses[6], whole, (batch, groups, size)),
+        array_at(addresses[7], whole, (batch, groups)),
+        array_at(addresses[8], whole, (batch, lists)),
+        array_at(addresses[9], whole, (batch, 2)),
+    )
+    top = Level(
+        array_at(addresses[10], byte, (batch, 1, width, groups)),
+        array_at(addresses[11], whole, (batch, 1, groups)),
+        array_at(addresses[12], whole, (batch, 1)),
+        array_at(addresses[13], whole, (batch, groups)),
+        array_at(addresses[14], whole, (batch, 2)),
+    )
+    return Tree(rows, middle, top, array_at(addresses[15], whole, (batch, 1)))
+
+
+@kernel
+def level_of(level, b):
+    """An element's part of a level."""
+    return Level(level.codes[b], level.members[b], level.counts[b], level.places[b], level.state[b])
+
+
+@kernel
+def tree_of(trees, b):
+    """An element's tree."""
+    rows, lists, groups = level_of(trees.rows, b), level_of(trees.lists, b), trees.groups
+    return Tree(rows, lists, level_of(groups, b), trees.entered[b])
+
+
+@kernel
+def enter_rows(like, sizes, addresses):
+    """Enter rows ids [B, n] with their directions [B, n, W], or tell where they point."""
+    (batch, width), count = sizes[:2], sizes[6]
+    trees, code = trees_at(sizes[:6], addresses[:16]), np.empty(width, np.int16)
+    ids = array_at(addresses[16], np.empty(0, np.int64), (batch, count))
+    vectors = array_at(addresses[17], like, (batch, count, width))
+    for b in range(batch):
+        for i in range(count):
+            if ids[b, i] != NONE:
+                encode(vectors[b, i], 1, LENGTH, code)
+                put(tree_of(trees, b), ids[b, i], code)
+
+
+@kernel
+def propose_rows(like, sizes, addresses):
+    """Rows [B, H, C] for queries [B, H, W] of length 1; NONE where a tree has fewer."""
+    batch, width = sizes[:2]
+    heads, k, proposed, groups, lists = sizes[6:]
+    trees, code = trees_at(sizes[:6], addresses[:16]), np.empty(width, np.int16)
+    queries = array_at(addresses[16], like, (batch, heads, width))
+    ids = array_at(addresses[17], np.empty(0, np.int64), (batch, heads, proposed))
+    for b in range(batch):
+        for head in range(heads):
+            encode(queries[b, head], 1, query_length(width), code)
+            propose(tree_of(trees, b), code, groups, lists, ids[b, head], k)
+
+
+ENTRIES = {enter_rows: (7, 18), propose_rows: (11, 18)}  # sizes and addresses
