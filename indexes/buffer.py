@@ -36,7 +36,7 @@ class Buffer:
     def __init__(self, table: RowTable) -> None:
         self.table = table
         self.count = self.waiting = 0
-        self.marked = 0  # rows so far, as often as they changed
+        self.marked = 0  # rows so far, as often as they changed and were not settled
         self.changes = 0  # calls of `mark`
         # By row, lazily zero: one more than its place; its latest change; whether it waits.
         self.place = np.zeros(table.num_rows, np.int32)

@@ -107,11 +107,12 @@ class Derivation(ABC):
         """Rows in the buffer, exactly, and how many of them are strays."""
         return int(self.buffer.count), int(self.buffer.strays)
 
-    def settle(self) -> None:  # noqa: B027 (only `Derived` has rows that stay where they are)
-        """Enter what was changed since the last call and belongs where its entry is.
+    def settle(self) -> int:
+        """Enter what was changed since the last call and belongs where its entry is: so many rows.
 
         Under the table's write lock.
         """
+        return 0  # only `Derived` has rows that stay where they are
 
     def absorb(self, count: int) -> None:
         """Take the `count` rows that were changed longest ago into the index, but for strays."""
@@ -198,7 +199,6 @@ class Derived(Derivation):
         Rows are read without the lock: one that is changed meanwhile is marked afterwards.
         """
         live = self.table.live_ids().cpu()
-        lists = num_lists(self.faiss)
         wanted = max(LEAST_TRAINING, 64 * num_lists(self.faiss))
         step = max(1, len(live) // wanted)
         training = self._vectors(live[::step].to(self.table.live.device))
@@ -229,14 +229,14 @@ class Derived(Derivation):
         """Rows [n] (numpy, distinct) are no longer live."""
         self.buffer.drop(ids[self.buffer.holds(ids)])
 
-    def settle(self) -> None:
-        """Enter what was changed since the last call and belongs where its entry is.
+    def settle(self) -> int:
+        """Enter what was changed since the last call and belongs where its entry is: so many rows.
 
         That is as near to its list as is usual, or as when the list was chosen.
         """
         ids = self.buffer.take_recent()
         if not self._settles or self.lists is None:
-            return
+            return 0
         ids = ids[self.label_of[ids] > 0]
         labels = self.label_of[ids] - 1
         lists = self.lists.of(labels)
@@ -246,6 +246,7 @@ class Derived(Derivation):
             ids, labels, lists, vectors = ids[near], labels[near], lists[near], vectors[near]
         enter_in_place(self.faiss, labels, vectors, lists)
         self.buffer.drop(ids)
+        return len(ids)
 
     def begin(self, count: int) -> Batch:
         """Rows to absorb: under the table's write lock."""

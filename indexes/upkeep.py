@@ -62,7 +62,7 @@ class Upkeep:
         self._errors: dict[str, Exception] = {}  # by what failed when it was last done
         self._built_rows, self._built_imbalance, self._built_at = 0, 1.0, time.monotonic()
         self._imbalance, self._built_effort = 1.0, 1  # the imbalance as last measured
-        self._changed = self._changes = 0  # rows changed, so far and since the last check
+        self._changed = self._changes = 0  # rows changed, so far; since the last check, not settled
         self._checked_queries = 0
         self._tuned_k = 0  # the greatest k that it was tuned for
         self._settled_live = True  # False: tuned on rows, before there were queries
@@ -86,7 +86,7 @@ class Upkeep:
         self._changed += count
         index, current = self.index, self.index.current
         if current is not None and current.buffer.waiting > index.buffer_rows:
-            self._guarded("settle", current.settle)
+            self._guarded("settle", lambda: self._settle_rows(current))
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else LENIENT)
         if current is not None and current.buffer.waiting > limit:
@@ -170,6 +170,12 @@ class Upkeep:
     def _absorb_due(self) -> bool:
         current = self.index.current
         return current is not None and current.buffer.waiting > self.index.buffer_rows
+
+    def _settle_rows(self, current: Derivation) -> None:
+        """Rows that stay where they are call for no check, and for no closer watch."""
+        settled = current.settle()
+        self._changes = max(0, self._changes - settled)
+        current.buffer.marked -= settled
 
     def _lend_a_hand(self, current: Derivation, count: int, limit: int) -> None:
         current.tidy()

@@ -281,6 +281,24 @@ def test_a_row_that_creeps_away_changes_its_list():
     assert ((lists == nearest) | near).all()
 
 
+def test_rows_that_creep_are_found_as_well_as_if_their_lists_were_looked_for_each_time(
+    monkeypatch,
+):
+    def crept():
+        index, ids = make(buffer_rows=32, min_recall=None), torch.arange(300)
+        index.upkeep._failed_after = 10**9  # no rebuild
+        start, goal = index.table.rows[:300].clone(), index.table.rows[300:].clone()
+        for step in range(1, 61):
+            index.update(ids, torch.lerp(start, goal, step / 60))
+        assert index.current.absorbed > 300  # they went from list to list
+        index.current.setting = index.current.setting._replace(effort=3)
+        return agreement(index, torch.cat([clustered(100, seed=seed) for seed in (0, 7, 8)]))
+
+    settling = crept()
+    monkeypatch.setattr(Derived, "settle", lambda self: 0)
+    assert settling >= crept() - 0.01
+
+
 def test_codes_that_take_long_are_left_to_the_background():
     index = make("IVF16,PQ4np", buffer_rows=10_000, min_recall=None)
     index.update(torch.arange(40), index.table.rows[:40] + 0.001)

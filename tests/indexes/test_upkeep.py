@@ -295,3 +295,14 @@ def test_an_index_that_is_dropped_goes_with_its_thread():
         time.sleep(0.01)
     assert reference() is None
     assert not thread.is_alive()
+
+
+def test_rows_that_stay_in_their_lists_call_for_no_check():
+    index = make(buffer_rows=10)
+    for rows, changes in ((index.table.rows[:40] + 0.001, 0), (clustered(40, seed=9), 20)):
+        index.upkeep._changes = 0
+        before = index.current.buffer.marked
+        index.update(torch.arange(40), rows)
+        assert index.upkeep._changes >= changes
+        assert index.current.buffer.marked - before == index.upkeep._changes
+        assert (index.upkeep._changes == 0) == (changes == 0)
