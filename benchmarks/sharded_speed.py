@@ -144,7 +144,7 @@ def over_shards(num_shards: int, lists: int, steps: int) -> dict[str, Any]:
     ray.init(address="local", num_cpus=num_shards, include_dashboard=False, log_to_driver=False)
     try:
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        shards = RayShards.start(path, runtime_env=environment)
+        shards = RayShards.start(path, timeout=600.0, runtime_env=environment)  # a busy machine
         bank = ShardedBank(path, shards)
         processes = [os.getpid(), *actors()]
 
