@@ -50,7 +50,7 @@ class MemoryLSTMCell(Cell):
         self.feature_size = 2 * hidden_size
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
         with torch.no_grad():  # remember at first, as `lstm_cell`
-            self.lstm.bias_ih_l0[hidden_size : 2 * hidden_size] += 1
+            self.lstm.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size] += 1
         self.memory = MemoryLayer(
             hidden_size,
             bank,
@@ -64,7 +64,7 @@ class MemoryLSTMCell(Cell):
 
     def initial_state(self, batch_size: int) -> LSTMState:
         """Zeros."""
-        zeros = self.lstm.weight_hh_l0.new_zeros(batch_size, self.hidden_size)
+        zeros = self.memory.query.weight.new_zeros(batch_size, self.hidden_size)
         return LSTMState(zeros, zeros)
 
     def check_state(self, state: Any, batch_size: int) -> None:
@@ -74,7 +74,7 @@ class MemoryLSTMCell(Cell):
             raise ValueError(
                 f"state has hidden_size = {state.hidden.shape[1]}, the model has {self.hidden_size}"
             )
-        check_like("state", state.hidden, self.lstm.weight_hh_l0)
+        check_like("state", state.hidden, self.memory.query.weight)
 
     def forward(
         self, input: Float[Tensor, "B X"], state: LSTMState
@@ -90,7 +90,7 @@ class MemoryLSTMCell(Cell):
         carried = tuple(part.unsqueeze(0) for part in state)
         hidden, last = self.lstm(input, carried)
         parts = (part.squeeze(0) for part in last)
-        state = outside_autocast(LSTMState, self.lstm.weight_hh_l0, *parts)
+        state = outside_autocast(LSTMState, self.memory.query.weight, *parts)
         return torch.cat([hidden, self.memory(hidden)], 2), state
 
 

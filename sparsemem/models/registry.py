@@ -77,7 +77,7 @@ def needs_bank(name: str) -> bool:
     return parameter.default is inspect.Parameter.empty
 
 
-def make_model(name: str, bank: Bank | None = None, **options: Any) -> MemoryModel:
+def make_model(name: str, bank: Bank | None = None, /, **options: Any) -> MemoryModel:
     """Build a model: `make_model("sam", input_size=8, output_size=8, hidden_size=100)`.
 
     `bank` is for a model that reads one (`bank_argument`).

@@ -52,7 +52,7 @@ class FactsTask(BitTask):
         self.map_seed = check_size("map_seed", map_seed, 0)
         self.input_size, self.output_size = key_bits, value_bits
         seeds = np.random.SeedSequence([map_seed, key_bits, value_bits])
-        self._constants = seeds.generate_state(ROUNDS + 1, np.uint64)
+        self._constants = seeds.generate_state(ROUNDS + 1, np.uint64).astype(np.uint64)
         super().__init__(max_level=num_facts if max_level is None else max_level, **common)
 
     @property
@@ -72,8 +72,8 @@ class FactsTask(BitTask):
     def values(self, facts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Value bits [..., value_bits] of facts by number."""
         words = -(-self.value_bits // WORD)
-        counters = facts.astype(np.uint64)[..., None] * np.uint64(words)
-        drawn = _drawn(counters + np.arange(words, dtype=np.uint64), self._constants[ROUNDS])
+        counters: Codes = facts.astype(np.uint64)[..., None] * np.uint64(words)
+        drawn = _drawn(counters + np.arange(words).astype(np.uint64), self._constants[ROUNDS])
         bits = _bits(drawn, WORD)
         return bits.reshape(*facts.shape, words * WORD)[..., : self.value_bits]
 

@@ -28,7 +28,7 @@ class BankBytes(NamedTuple):
     """Bytes of a bank, once all of its rows have been read and stepped."""
 
     rows: int  # tables, and what is known of each row
-    index: int
+    derived: int  # the index
     optimiser: int  # state of the row optimiser
     snapshot: int  # in a checkpoint
     saving: int  # beside all that, while a checkpoint is written
@@ -64,7 +64,7 @@ def bank_bytes(config: Config) -> BankBytes:
     shard = 2 * min(config.bank.num_rows, SHARD_ROWS) * row
     return BankBytes(
         rows=int(_sum(of_rows) * scale + _sum(sub_keys) * pairs),
-        index=index,
+        derived=index,
         optimiser=int(state * scale + state_of_pairs * pairs),
         snapshot=int(snapshot),
         saving=int(shard),

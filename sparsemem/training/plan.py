@@ -80,8 +80,8 @@ class Memory(BaseModel):
 
     def sum(self) -> str:
         """The peak of a training step as a sum, largest first, without what is nothing."""
-        names = ("parameters", "gradients", "optimiser", "memory", "bank", "row_optimiser")
-        names += ("activations", "graphs", "data")
+        held = ("parameters", "gradients", "optimiser", "memory", "bank", "row_optimiser")
+        names = (*held, "activations", "graphs", "data")
         parts = sorted(((getattr(self, name), name) for name in names), reverse=True)
         sizes = ((name.replace("_", " "), show_bytes(size)) for size, name in parts if size)
         shown = " + ".join(f"{name} {size}" for name, size in sizes)
@@ -247,7 +247,7 @@ def _memory(
     on_gpu = device.type == "cuda"
     # The optimiser's temporaries come when the activations are gone.
     activations = int(max(found.rest - held, temporary - found.memory))
-    of_bank = rows.rows + rows.index
+    of_bank = rows.rows + rows.derived
     kept = held + state + rows.optimiser
     captured = on_gpu and training.capture == "auto" and chunk == lengths.longest
     memory = Memory(

@@ -121,13 +121,13 @@ def placed(
     model: MemoryModel, bank: Bank | None, device: torch.device, dtype: torch.dtype
 ) -> MemoryModel:
     """The model itself, on a device and of a dtype, but for the bank that it reads."""
-    left = set(bank.modules()) if isinstance(bank, nn.Module) else set()
+    left: list[nn.Module] = list(bank.modules()) if isinstance(bank, nn.Module) else []
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     for module in model.modules():
-        if module not in left:
+        if not any(module is other for other in left):
             module._apply(move, recurse=False)  # type: ignore[no-untyped-call]
     return model
 

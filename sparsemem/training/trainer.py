@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of
 from sparsemem.training.banks import Fill, Keeper, dense_state, keeper_of
 from sparsemem.training.bptt import BatchResult, Diverged, train_batch
@@ -69,8 +70,14 @@ class Trainer:
     def __init__(self, setup: Setup, team: Team = ALONE, keeper: Keeper | None = None) -> None:
         """Make optimisers, schedules and curriculum; sets torch's thread count, which is global.
 
-        ConfigError if a batch cannot be shared out evenly.
+        ConfigError if a batch cannot be shared out evenly; ValueError for a team with a bank in
+        this process.
         """
+        if team.size > 1 and isinstance(setup.bank, MemoryBank):
+            raise ValueError(
+                f"team has {team.size} members, which each have a bank of their own: expected one"
+                " over shards"
+            )
         self.setup, self.team = setup, team
         self.config, self.task, self.model = setup.config, setup.task, setup.model
         self.keeper = keeper_of(setup.bank) if keeper is None else keeper
