@@ -78,11 +78,11 @@ class Rivals:
         for _ in range(8):  # live queries, which the index is then tuned for
             self.bank.read(queries_near(rows, self.generator), TOP_K)
         time.sleep(5)
-        self.plain.nprobe = self.bank.stats()["effort"]
         self.renew()
 
     def renew(self) -> None:
-        """Queries that neither has seen."""
+        """Queries that neither has seen; both look equally hard."""
+        self.plain.nprobe = self.bank.stats()["effort"]
         self.queries = queries_near(self.rows, self.generator)
 
     def theirs(self) -> Any:
