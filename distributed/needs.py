@@ -67,7 +67,7 @@ def shard_bytes(config: Config, num_shards: int) -> int:
     """Memory of a shard's process: its rows with all that belongs to them, and libraries."""
     assert config.bank is not None
     own = bank_bytes(with_rows(config, -(-config.bank.num_rows // num_shards)))
-    return own.rows + own.index + own.optimiser + own.saving + process_bytes()
+    return own.rows + own.derived + own.optimiser + own.saving + process_bytes()
 
 
 def worker_plan(config: Config, num_workers: int) -> Planned:

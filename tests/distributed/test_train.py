@@ -92,7 +92,7 @@ def test_killed_trainers_and_shards_change_nothing(cluster, undisturbed, tmp_pat
 
 
 def test_what_diverges_ends_at_once(cluster, tmp_path, capfd):
-    config = config_of(gradient_clip=None, optimizer={"name": "sgd", "learning_rate": 1e300})
+    config = config_of(gradient_clip=None, optimizer={"name": "sgd", "learning_rate": 1e4})
     with pytest.raises(RunError, match=r"is (nan|inf) at step \d+ .*; no checkpoint yet"):
         start(tmp_path / "run", config)
     assert "trainers were lost" not in capfd.readouterr().err
@@ -154,7 +154,8 @@ def command(*arguments):
     )
 
 
-def left_of(pids, patience=20.0):
+def left_of(pids, patience=90.0):
+    """Those that are not gone in time: Ray's agents wait for a minute for a killed cluster."""
     deadline = time.monotonic() + patience
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         if time.monotonic() > deadline:
