@@ -215,6 +215,7 @@ def _data_seconds(config: Config, task: Task) -> float:
         times = [_seconds(lambda: task.batch(1, level)) for _ in range(FEWEST)]
         return statistics.median(times)
 
-    if level <= LEVELS[1]:
+    lengths = {task.batch(1, min(low, level)).input.shape[1] for low in LEVELS}
+    if level <= LEVELS[1] or len(lengths) == 1:  # a higher level makes no longer sequences
         return seconds(level)
     return linear(LEVELS, (seconds(LEVELS[0]), seconds(LEVELS[1])), level)

@@ -67,3 +67,16 @@ def test_a_real_calibration_tells_a_time_and_leaves_things_alone(tree, monkeypat
     torch.manual_seed(5)
     assert 0 < plan_of(tree).step < 60
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_making_a_batch_is_timed_at_its_level_where_that_makes_it_no_longer(tree, monkeypatch):
+    """Beyond 128 items a line is drawn through two timings, which noise can turn downwards."""
+    task = {"name": "facts", "num_facts": 4096, "min_level": 4096, "key_bits": 12}
+    config = make_config(tree | {"task": task, "model": {"name": "lstm", "hidden_size": 5}})
+    planned, asked = plan_memory(config), []
+    make = planned.task.batch
+    monkeypatch.setattr(
+        planned.task, "batch", lambda i, level: asked.append(level) or make(i, level)
+    )
+    assert 0 < calibration._data_seconds(planned.config, planned.task) < 1
+    assert asked[-1] == 4096
