@@ -28,8 +28,8 @@ def tried(config: Config, wanted: Wanted) -> Setup:
     check_wanted(config, wanted)
     assert config.bank is not None
     device = config.training.device
-    config = on_device(config, "cpu")  # trainers may have GPUs where this process has none
     rows = min(config.bank.num_rows, max(TRIED_ROWS, wanted.shards))
+    config = on_device(config, "cpu")  # trainers may have GPUs where this process has none
     with TemporaryDirectory() as folder:
         path = Path(folder) / "bank"
         create_bank(path, config, wanted.shards, num_rows=rows, initial="empty")
