@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemem.kernels.compiled import kernel
+from sparsemem.kernels.compiled import clear, kernel
 
 LENGTH = 127.0  # of a code, as a vector
 LONGEST = 240.0  # of a query's: with wide rows less, as the product has to fit 16 bits
 LARGEST = 32_767.0
+LANES = 64
 # In cosines: four standard deviations of what rounding the code of a row and of a query does.
 MARGIN = 4 * (1 / 12) ** 0.5 * (1 / LENGTH**2 + 1 / LONGEST**2) ** 0.5
+ROUNDS = 4  # of 2-means, when a node is split
+PART = 4  # a part of a split node has a quarter of its members, at least
 
 
 @kernel
@@ -35,20 +38,85 @@ def query_length(width):
 
 @kernel
 def products(codes, count, query, scores):
-    """Products of a query's code [W] with the first of the codes [W, S] of a node. The largest."""
-    width = len(query)
-    for s in range(count):
+    """Products of a query's code [W] with the first of the codes [W, S] of a node.
+
+    And with a few behind those, which mean nothing: a loop that runs on whole vectors is faster.
+    """
+    width, stop = len(query), min(-(-count // LANES) * LANES, len(scores))
+    for s in range(stop):
         scores[s] = 0
     for j in range(0, width - 3, 4):  # what overflows on the way comes back
         a, b, c, d = query[j], query[j + 1], query[j + 2], query[j + 3]
         first, second, third, fourth = codes[j], codes[j + 1], codes[j + 2], codes[j + 3]
-        for s in range(count):
-            scores[s] += a * first[s] + b * second[s] + c * third[s] + d * fourth[s]
+        for s in range(stop):
+            total = np.int16(a * first[s]) + np.int16(b * second[s])
+            total += np.int16(c * third[s]) + np.int16(d * fourth[s])
+            scores[s] += np.int16(total)
     for j in range(width - width % 4, width):
         a, first = query[j], codes[j]
-        for s in range(count):
-            scores[s] += a * first[s]
-    largest = scores[0]
-    for s in range(count):
-        largest = max(largest, scores[s])
-    return largest
+        for s in range(stop):
+            scores[s] += np.int16(a * first[s])
+
+
+@kernel
+def divide(codes, sides, means):
+    """Part the first of codes [W, S] in two by 2-means of directions: sides [n], means [2, W].
+
+    Where one part would be too small, it gets those that lean towards it most.
+    """
+    leaning = np.empty(len(sides))
+    for i in range(len(sides)):
+        sides[i] = 0
+    mean_direction(codes, sides, 0, means[0])
+    for side in (0, 1):  # begin with the one least like all of them, and the one least like that
+        lean(codes, means[0], leaning)
+        farthest = 0
+        for i in range(len(sides)):
+            if leaning[i] < leaning[farthest]:
+                farthest = i
+        for j in range(len(codes)):
+            means[side, j] = codes[j, farthest]
+    for _ in range(ROUNDS):
+        lean(codes, means[1] - means[0], leaning)
+        for i in range(len(sides)):
+            sides[i] = 1 if leaning[i] > 0 else 0
+        balance(leaning, sides)
+        mean_direction(codes, sides, 0, means[0])
+        mean_direction(codes, sides, 1, means[1])
+
+
+@kernel
+def lean(codes, axis, leaning):
+    """How far the first of codes [W, S] point along an axis."""
+    clear(leaning)
+    for j in range(len(codes)):
+        for i in range(len(leaning)):
+            leaning[i] += axis[j] * codes[j, i]
+
+
+@kernel
+def mean_direction(codes, sides, side, mean):
+    """The mean direction of those codes [W, S] that are on a side; as long as a code."""
+    total = 0.0
+    for j in range(len(codes)):
+        entry = 0
+        for i in range(len(sides)):
+            entry += codes[j, i] * (sides[i] == side)
+        mean[j] = entry
+        total += mean[j] * mean[j]
+    for j in range(len(codes)):
+        mean[j] *= LENGTH / np.sqrt(total) if total > 0 else 0
+
+
+@kernel
+def balance(leaning, sides):
+    """Move those that lean most until both sides have a quarter."""
+    count, second = len(sides), sides.sum()
+    side = 1 if second < count // PART else 0
+    sign, missing = 2 * side - 1, count // PART - (second if side else count - second)
+    for _ in range(missing):
+        chosen = -1
+        for i in range(count):
+            if sides[i] != side and (chosen < 0 or sign * leaning[i] >= sign * leaning[chosen]):
+                chosen = i
+        sides[chosen] = side

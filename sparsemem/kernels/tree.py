@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsemem.kernels.codes import LENGTH, MARGIN, encode, products, query_length
-from sparsemem.kernels.compiled import array_at, clear, insert, kernel
+from sparsemem.kernels.codes import LENGTH, MARGIN, PART, divide, encode, products, query_length
+from sparsemem.kernels.compiled import array_at, insert, kernel
 
-NONE = -1
+NONE, LOWEST = -1, -(2**40)
+TOGETHER = 32  # scores that are looked at one by one if one of them is large enough
+TURNS = 8  # of small changes of a row, in one its list is looked for again
 HOMES = 3  # groups in which the list for a row is looked for
-ROUNDS = 4  # of 2-means, when a node is split
-PART = 4  # a part of a split node has a quarter of its members, at least
 FEW = 16  # a list with less than a sixteenth of the rows that it has room for is given up
 
 
@@ -56,36 +56,52 @@ def scan(level, nodes, query, best, kept, scores):
     `best` has room for. The last but `kept` of them are only such as come within the margin of
     the one before; NONE behind them. `scores` [len(nodes), S] is overwritten.
     """
-    k, cells, largest = 0, np.empty(len(best), np.int64), np.empty(len(nodes), np.int64)
+    cells, tops = np.empty(len(best), np.int64), np.full(len(nodes), LOWEST)
+    found, least = 0, LOWEST
     for i in range(len(best)):
         best[i] = NONE
     for i in range(len(nodes)):
         if nodes[i] != NONE:
-            count = level.counts[nodes[i]]
-            largest[i] = products(level.codes[nodes[i]], count, query, scores[i])
-            if k < kept or largest[i] >= cells[kept - 1]:
-                members = level.members[nodes[i]]
-                k = enter_best(cells[:kept], best[:kept], k, scores[i], members, count)
-    if k < kept or kept == len(best):
+            node, count = nodes[i], level.counts[nodes[i]]
+            products(level.codes[node], count, query, scores[i])
+            tops[i] = largest(scores[i], 0, count)
+            found, least = enter_best(
+                cells[:kept], best[:kept], found, least, scores[i], level.members[node], count
+            )
+    if found < kept or kept == len(best):
         return
-    least = cells[kept - 1] - MARGIN * LENGTH * query_length(len(query))
-    found = 0
+    found, least = 0, least - np.int64(MARGIN * LENGTH * query_length(len(query)))
     for i in range(len(nodes)):
-        if nodes[i] != NONE and largest[i] >= least:
-            for place in range(level.counts[nodes[i]]):
-                if scores[i, place] >= least:
-                    member = level.members[nodes[i], place]
-                    found, _ = insert(cells, best, found, scores[i, place], member)
+        if tops[i] > LOWEST and tops[i] >= least:
+            node, count = nodes[i], level.counts[nodes[i]]
+            found, least = enter_best(
+                cells, best, found, least, scores[i], level.members[node], count
+            )
 
 
 @kernel
-def enter_best(cells, best, found, scores, members, count):
-    """Put those members where they belong that are among the best so far. How many there are."""
-    k = len(best)
-    for place in range(count):
-        if found < k or scores[place] >= cells[k - 1]:
-            found, _ = insert(cells, best, found, scores[place], members[place])
-    return found
+def enter_best(cells, best, found, least, scores, members, count):
+    """Put members of at least a score where they belong among the best so far. How many these
+    are, and what a score has to be from now on.
+    """
+    for start in range(0, count, TOGETHER):
+        stop = min(start + TOGETHER, count)
+        if largest(scores, start, stop) >= least:
+            for place in range(start, stop):
+                if scores[place] >= least:
+                    found, _ = insert(cells, best, found, scores[place], members[place])
+                    if found == len(best):
+                        least = max(least, cells[found - 1])
+    return found, least
+
+
+@kernel
+def largest(scores, start, stop):
+    """The largest of some scores."""
+    top = scores[start]
+    for place in range(start, stop):
+        top = max(top, scores[place])
+    return np.int64(top)
 
 
 @kernel
@@ -155,70 +171,6 @@ def give_up(level, node):
 
 
 @kernel
-def divide(codes, sides, means):
-    """Part the first of codes [W, S] in two by 2-means of directions: sides [n], means [2, W].
-
-    Where one part would be too small, it gets those that lean towards it most.
-    """
-    leaning = np.empty(len(sides))
-    for i in range(len(sides)):
-        sides[i] = 0
-    mean_direction(codes, sides, 0, means[0])
-    for side in (0, 1):  # begin with the one least like all of them, and the one least like that
-        lean(codes, means[0], leaning)
-        farthest = 0
-        for i in range(len(sides)):
-            if leaning[i] < leaning[farthest]:
-                farthest = i
-        for j in range(len(codes)):
-            means[side, j] = codes[j, farthest]
-    for _ in range(ROUNDS):
-        lean(codes, means[1] - means[0], leaning)
-        for i in range(len(sides)):
-            sides[i] = 1 if leaning[i] > 0 else 0
-        balance(leaning, sides)
-        mean_direction(codes, sides, 0, means[0])
-        mean_direction(codes, sides, 1, means[1])
-
-
-@kernel
-def lean(codes, axis, leaning):
-    """How far the first of codes [W, S] point along an axis."""
-    clear(leaning)
-    for j in range(len(codes)):
-        for i in range(len(leaning)):
-            leaning[i] += axis[j] * codes[j, i]
-
-
-@kernel
-def mean_direction(codes, sides, side, mean):
-    """The mean direction of those codes [W, S] that are on a side; as long as a code."""
-    total = 0.0
-    for j in range(len(codes)):
-        entry = 0
-        for i in range(len(sides)):
-            entry += codes[j, i] * (sides[i] == side)
-        mean[j] = entry
-        total += mean[j] * mean[j]
-    for j in range(len(codes)):
-        mean[j] *= LENGTH / np.sqrt(total) if total > 0 else 0
-
-
-@kernel
-def balance(leaning, sides):
-    """Move those that lean most until both sides have a quarter."""
-    count, second = len(sides), sides.sum()
-    side = 1 if second < count // PART else 0
-    sign, missing = 2 * side - 1, count // PART - (second if side else count - second)
-    for _ in range(missing):
-        chosen = NONE
-        for i in range(count):
-            if sides[i] != side and (chosen == NONE or sign * leaning[i] >= sign * leaning[chosen]):
-                chosen = i
-        sides[chosen] = side
-
-
-@kernel
 def split(level, node, above):
     """Move a part of a node's members to a new one, which the node above gets. That one."""
     count, width = level.counts[node], level.codes.shape[1]
@@ -283,6 +235,19 @@ def scatter(tree, node):
 
 
 @kernel
+def is_near(codes, place, code):
+    """Whether a code may stay in its list: no number changed by more than one, and it is not its
+    turn to look for a list again, as every eighth of such changes is, more or less.
+    """
+    total = 0
+    for j in range(len(code)):
+        total += code[j]
+        if abs(np.int64(code[j]) - codes[j, place]) > 1:
+            return False
+    return total % TURNS != 0
+
+
+@kernel
 def put(tree, row, code):
     """Enter a row by its code, or tell where one that is in the tree points now."""
     if tree.groups.counts[0] == 0:
@@ -290,6 +255,9 @@ def put(tree, row, code):
         append(tree.groups, 0, group, code)
         append(tree.lists, group, chosen, code)
     size, place = tree.rows.members.shape[1], tree.rows.places[row]
+    if place != NONE and is_near(tree.rows.codes[place // size], place % size, code):
+        assign_code(tree.rows, place // size, place % size, code)
+        return
     chosen = home(tree, code)
     if place == NONE:
         add(tree, chosen, row, code)
