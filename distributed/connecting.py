@@ -38,7 +38,7 @@ def connected(address: str | None, groups: Sequence[Group]) -> Iterator[str]:
             start_here(int(total(group.total for group in groups).cpus))
         else:
             ray.init(address=address, **QUIET)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises some that are of no class of their own
         where = "start Ray here" if address is None else f"connect to a Ray cluster at {address}"
         raise ClusterError(f"cannot {where}: {str(error).splitlines()[0]}") from None
     try:
