@@ -27,6 +27,10 @@ def sorted_gradient(
     frozen: Tensor | None,
     selected: Tensor | None,
 ) -> Gradient:
-    """Entries of rows as the kernels take them."""
-    ids, order = torch.sort(ids, stable=True)
+    """Entries of rows as the kernels take them.
+
+    On the host in the order in which torch's `coalesce` adds them up (its sort is not stable), so
+    that a bank's rows are, to the last bit, those of its shards, which get sums.
+    """
+    ids, order = torch.sort(ids, stable=ids.device.type != "cpu")
     return Gradient(ids, order, values.contiguous(), live, frozen, selected)

@@ -81,6 +81,27 @@ def test_betas_at_their_ends(beta, monkeypatch):
     torch.testing.assert_close(*results, **CLOSE[torch.float32])
 
 
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("width", [1, 33])
+def test_entries_and_their_sums_make_the_same_step_to_the_last_bit(kind, width):
+    """On rows of a whole table and of its halves, too: as a bank and its shards step them."""
+    whole = nn.Parameter(torch.randn(N, width))
+    halves = [nn.Parameter(whole.detach()[part::2].clone()) for part in range(2)]
+    of_whole, of_halves = make(kind, [whole]), make(kind, halves)
+    for _ in range(5):
+        ids = torch.randint(N, (1, 300))
+        whole.grad = torch.sparse_coo_tensor(ids, torch.randn(300, width), whole.shape)
+        sums = whole.grad.coalesce()
+        rows, values = sums.indices()[0], sums.values()
+        for part, half in enumerate(halves):
+            own = rows % 2 == part
+            half.grad = torch.sparse_coo_tensor(rows[own][None] // 2, values[own], half.shape)
+        of_whole.step()
+        of_halves.step()
+        for part, half in enumerate(halves):
+            assert torch.equal(whole[part::2], half)
+
+
 def test_state_with_rows_that_lie_apart_and_state_that_began_dense(monkeypatch):
     results = []
     for choice in ("auto", "reference"):
