@@ -127,10 +127,11 @@ class ShardedBank(Versioned):
         return ShardedBank(self.path, shards, worker=worker, num_workers=of, **options)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
-        """The top_k best live rows of each query; as `MemoryBank.read`, from any device."""
-        check_bank_queries(queries, self.width, queries.device)
-        check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
+        """The top_k best live rows of each query; as `MemoryBank.read`, from here or a GPU."""
+        on_gpu = isinstance(queries, Tensor) and queries.is_cuda
         here = self.keys.device
+        check_bank_queries(queries, self.width, queries.device if on_gpu else here)
+        check_at_most("top_k", check_size("top_k", top_k), "num_rows", self.num_rows)
         flat = queries.reshape(-1, self.width).to(here, self.computing_dtype)
         fetched, moment = self._fetched(flat.detach(), top_k)
         with torch.autocast(self.keys.device.type, enabled=False):

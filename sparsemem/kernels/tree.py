@@ -70,12 +70,12 @@ def scan(level, nodes, query, best, kept, scores):
             )
     if found < kept or kept == len(best):
         return
-    found, least = 0, least - np.int64(MARGIN * LENGTH * query_length(len(query)))
+    found, enough = 0, least - np.int64(MARGIN * LENGTH * query_length(len(query)))
     for i in range(len(nodes)):
-        if tops[i] > LOWEST and tops[i] >= least:
+        if tops[i] > LOWEST and tops[i] >= enough:
             node, count = nodes[i], level.counts[nodes[i]]
-            found, least = enter_best(
-                cells, best, found, least, scores[i], level.members[node], count
+            found, enough = enter_best(
+                cells, best, found, enough, scores[i], level.members[node], count
             )
 
 

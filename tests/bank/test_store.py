@@ -344,7 +344,8 @@ def test_product_keys_read_as_the_rows_that_they_make(metric):
         )
         for h, each in ((hit, bank), (other, plain))
     ]
-    assert torch.equal(grads[0][0], grads[1][0])
+    # Scores of pairs are summed by torch, those of rows by compiled code: the last bits differ.
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=0, atol=1e-12)
     assert torch.equal(grads[0][2].to_dense(), grads[1][2].to_dense())
     pairs.backward(grads[1][1].to_dense())
     torch.testing.assert_close(grads[0][1], subkeys.grad, rtol=0, atol=1e-12)

@@ -2,14 +2,20 @@ import inspect
 
 import pytest
 
-from sparsemem.models.registry import MODELS, find_model, make_model, model_options
+from sparsemem.bank import MemoryBank
+from sparsemem.models.registry import MODELS, find_model, make_model, model_options, needs_bank
 
 pytestmark = pytest.mark.usefixtures("plain_errors")
 
 
+def bank_for(name):
+    """A bank for a model that cannot do without."""
+    return MemoryBank(64, 5) if needs_bank(name) else None
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_each_model_is_made_by_its_name(name):
-    model = make_model(name, input_size=3, hidden_size=4, output_size=2)
+    model = make_model(name, bank_for(name), input_size=3, hidden_size=4, output_size=2)
     assert type(model) is MODELS[name]
     assert (model.input_size, model.output_size, model.cell.hidden_size) == (3, 2, 4)
     assert find_model(name.upper()) is MODELS[name]
@@ -29,7 +35,7 @@ def test_options_are_those_of_model_and_cell():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_option_listed_is_taken(name):
     options = {**model_options(name), "input_size": 3, "hidden_size": 4, "output_size": 2}
-    assert type(make_model(name, **options)) is MODELS[name]
+    assert type(make_model(name, bank_for(name), **options)) is MODELS[name]
 
 
 @pytest.mark.parametrize("name", ["sam", "sdnc"])

@@ -8,7 +8,7 @@ from sparsemem.tasks import TASKS, CopyTask, NGramsTask, find_task, make_task, t
 
 def test_names():
     assert sorted(TASKS) == [
-        "associative-recall", "babi", "copy", "ngrams", "priority-sort", "repeat-copy",
+        "associative-recall", "babi", "copy", "facts", "ngrams", "priority-sort", "repeat-copy",
     ]  # fmt: skip
 
 

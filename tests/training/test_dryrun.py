@@ -97,7 +97,8 @@ def test_the_memory_of_touched_slots_is_added_up():
     row = 2 * 8 * 4 + 4 + 8  # a row of 8 float32, its gradient, its norm, its last access
     assert memory_bytes(sam, 5, Pass(0, touched=40, capacity=64)) == 5 * 64 * row
     indexed = Pass(0, touched=10_000, capacity=16_384)
-    assert memory_bytes(sam, 1, indexed) == 16_384 * row + 10_000 * (8 * 4 + 16)
+    tree = 3 * 10_000 * (8 + 8) + 16_384 * 8  # codes and ids with room to spare; places
+    assert memory_bytes(sam, 1, indexed) == 16_384 * row + tree
     links = 2 * 2 * 7 * 8 * (8 + 4)  # tables, heads, rows, links of a row, id and weight
     sdnc = model_of("sdnc", num_slots=2**20).cell
     assert memory_bytes(sdnc, 1, Pass(0, 5, 64, links=7)) == 64 * row + links
