@@ -54,7 +54,7 @@ def test_the_sum_is_told():
 
 def possible(free, groups):
     """Whether some way to place all processes is right, by trying all of them."""
-    each = [group.each for group in groups for _ in range(group.count)]
+    each = [group.each for group in groups for _ in range(group.number)]
     for places in product(range(len(free)), repeat=len(each)):
         taken = [
             total(e for e, at in zip(each, places, strict=True) if at == place)
