@@ -69,7 +69,7 @@ def bank_maker(shards: int) -> Iterator[MakeBank]:
 
     with TemporaryDirectory() as folder, ExitStack() as banks:
         banks.callback(ray.shutdown)
-        ray.init(num_cpus=2 * shards, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2 * shards, include_dashboard=False, log_to_driver=False)
 
         def make(num_rows: int, width: int) -> ShardedBank:
             place = Path(mkdtemp(dir=folder))
