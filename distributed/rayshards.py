@@ -36,10 +36,8 @@ class ShardActor:
     """
 
     def __init__(self, path: str, shard: int, patience: float) -> None:
-        self._home = ShardHome(Path(path), shard, patience)
-        self._metrics = ShardMetrics(path, shard, lambda: self._home.server.bank.stats())
-
-        self._turn = Lock()
+        self._home, self._turn = ShardHome(Path(path), shard, patience), Lock()
+        self._metrics = ShardMetrics(path, shard, self._stats)
         self._lines = Switchboard(self.call) if ARE_THERE else None
 
     def call(self, call: Packed) -> Packed:
@@ -50,6 +48,11 @@ class ShardActor:
             answer = sent(self._home.call(asked))
             self._metrics.count(asked.operation, time.perf_counter() - begun)
         return answer
+
+    def _stats(self) -> dict[str, Any]:
+        """Between two calls: one may put another bank in its place."""
+        with self._turn:
+            return self._home.server.bank.stats()
 
     def line(self) -> str:
         """Where clients on this machine have a line to the shard; empty if nowhere."""

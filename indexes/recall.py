@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsemem.indexes.base import MISSING, Found
 from sparsemem.indexes.derived import Setting, ladder
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.table import RowTable
 
 SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
 USUAL_K = 8  # what is tuned for before there are queries
@@ -28,6 +29,12 @@ class Sampled(NamedTuple):
 
     queries: Float[Tensor, "n W"]
     counts: Float[Tensor, " n"] | None
+
+
+def sampled_rows(table: RowTable) -> Sampled:
+    """Live rows in the place of queries, while there are none."""
+    live = table.live_ids()
+    return Sampled(table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE]), None)
 
 
 class QuerySample:
@@ -47,6 +54,11 @@ class QuerySample:
 
     def __len__(self) -> int:
         return min(self._kept, SAMPLE)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are queries enough to tune by."""
+        return len(self) >= SAMPLE // 2
 
     @property
     def k(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.derived import Abandoned, Derivation, Setting
-from sparsemem.indexes.recall import SAMPLE, Sampled, Watch, harder, recall, tune
+from sparsemem.indexes.recall import Sampled, Watch, harder, recall, sampled_rows, tune
 from sparsemem.indexes.worker import Worker, stand_back
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Upkeep:
         rows = max(CHECK_ROWS, self.index.table.num_live // 100)
         queries = self.index.sample.seen - self._checked_queries
         if not self._settled_live or self.index.sample.k > self._tuned_k:
-            return self._changes >= rows or (queries > 0 and len(self.index.sample) >= SAMPLE // 2)
+            return self._changes >= rows or (queries > 0 and self.index.sample.is_enough)
         return self._changes >= rows or queries >= CHECK_QUERIES
 
     def _check_now(self) -> bool:
@@ -363,10 +363,7 @@ class Upkeep:
         sample, target = index.sample.queries(), TARGET
         self._settled_live = len(sample.queries) > 0
         if not self._settled_live:
-            target = CAUTIOUS
-            live = index.table.live_ids()
-            rows = index.table.take(live[:: max(1, len(live) // SAMPLE)][:SAMPLE])
-            sample = Sampled(rows, None)
+            sample, target = sampled_rows(index.table), CAUTIOUS
         self._tuned_k = index.sample.k
         self._settle(derived, *self._tuned(derived, sample, self._truth(sample), target))
 

@@ -16,6 +16,7 @@ from sparsemem.bank import commands as bank_commands
 from sparsemem.bench import commands as bench_commands
 from sparsemem.console import user_errors
 from sparsemem.distributed import commands as sharded
+from sparsemem.distributed.cluster import Wanted
 from sparsemem.errors import UserError
 from sparsemem.models.registry import MODELS, model_options
 from sparsemem.tasks import TASKS, task_options
@@ -103,33 +104,45 @@ def train(
     With --shards, --workers and --address over several processes or machines: docs/sharding.md.
     """
     with _user_errors():
+        if resume_ is not None and run is not None:
+            raise UserError("--run and --resume: expected one of them, a run stays in its folder")
         if resume_ is not None:
-            if run is not None:
-                raise UserError(
-                    "--run and --resume: expected one of them, a run stays in its folder"
-                )
             folder = RunFolder.open(resume_)
-            changes = set_ or []
-            wanted = load_config(config, changes) if config else folder.config(changes)
             spread = sharded.wanted(shards, workers, address, folder)
-            if spread is None:
-                outcome = resume(folder, wanted, _say, profiled=profile)
-            else:
-                outcome = sharded.resume(folder, wanted, spread, _say, profiled=profile)
+            outcome = _go_on(folder, config, set_ or [], spread, profile)
         elif config is None:
             raise UserError("expected CONFIG.yaml to train, or --resume RUN to go on with a run")
         else:
             spread = sharded.wanted(shards, workers, address)
-            checked = load_config(config, set_ or [])
-            path = run or Path("runs") / config.stem
-            options = {"numbered": run is None, "profiled": profile}
-            if spread is None:
-                folder, outcome = start(checked, path, _say, **options)
-            else:
-                folder, outcome = sharded.start(checked, path, spread, _say, **options)
+            folder, outcome = _begin(load_config(config, set_ or []), config, run, spread, profile)
         _report(folder, outcome)
     if outcome is Outcome.INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
+
+
+def _begin(
+    config: Config, file: Path, run: Path | None, spread: Wanted | None, profiled: bool
+) -> tuple[RunFolder, Outcome]:
+    """Train from the beginning, over shards if these are wanted."""
+    path = run or Path("runs") / file.stem
+    options = {"numbered": run is None, "profiled": profiled}
+    if spread is None:
+        return start(config, path, _say, **options)
+    return sharded.start(config, path, spread, _say, **options)
+
+
+def _go_on(
+    folder: RunFolder,
+    config: Path | None,
+    changes: list[str],
+    spread: Wanted | None,
+    profiled: bool,
+) -> Outcome:
+    """Go on with a run."""
+    wanted = load_config(config, changes) if config else folder.config(changes)
+    if spread is None:
+        return resume(folder, wanted, _say, profiled=profiled)
+    return sharded.resume(folder, wanted, spread, _say, profiled=profiled)
 
 
 @app.command()

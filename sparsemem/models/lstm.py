@@ -48,6 +48,15 @@ class LSTMState(NamedTuple):
         return LSTMState(*map_tensors(mover(self.hidden, *args, **kwargs), tuple(self)))
 
 
+def check_lstm_state(state: LSTMState, hidden_size: int, weight: Tensor) -> None:
+    """Refuse a state of another width, dtype or device."""
+    if state.hidden.shape[1] != hidden_size:
+        raise ValueError(
+            f"state has hidden_size = {state.hidden.shape[1]}, the model has {hidden_size}"
+        )
+    check_like("state", state.hidden, weight)
+
+
 class LSTMCell(Cell):
     """One LSTM step; the features are h_t."""
 
@@ -68,11 +77,7 @@ class LSTMCell(Cell):
     def check_state(self, state: Any, batch_size: int) -> None:
         """Refuse a state of another model, batch size, dtype or device."""
         super().check_state(state, batch_size)
-        if state.hidden.shape[1] != self.hidden_size:
-            raise ValueError(
-                f"state has hidden_size = {state.hidden.shape[1]}, the model has {self.hidden_size}"
-            )
-        check_like("state", state.hidden, self.lstm.weight_hh)
+        check_lstm_state(state, self.hidden_size, self.lstm.weight_hh)
 
     def forward(
         self, input: Float[Tensor, "B X"], state: LSTMState

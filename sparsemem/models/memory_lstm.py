@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsemem.bank.contract import Bank
-from sparsemem.checks import check_like, check_size
+from sparsemem.checks import check_size
 from sparsemem.layers.memory_layer import MemoryLayer
 from sparsemem.models.base import Cell, MemoryModel
-from sparsemem.models.lstm import LSTMState
+from sparsemem.models.lstm import LSTMState, check_lstm_state
 from sparsemem.models.precision import outside_autocast
 
 NUM_HEADS, TOP_K = 4, 8
@@ -70,11 +70,7 @@ class MemoryLSTMCell(Cell):
     def check_state(self, state: Any, batch_size: int) -> None:
         """Refuse a state of another model, batch size, dtype or device."""
         super().check_state(state, batch_size)
-        if state.hidden.shape[1] != self.hidden_size:
-            raise ValueError(
-                f"state has hidden_size = {state.hidden.shape[1]}, the model has {self.hidden_size}"
-            )
-        check_like("state", state.hidden, self.memory.query.weight)
+        check_lstm_state(state, self.hidden_size, self.memory.query.weight)
 
     def forward(
         self, input: Float[Tensor, "B X"], state: LSTMState

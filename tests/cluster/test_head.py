@@ -72,7 +72,6 @@ def submitted(head, *command, **environment):
 
 @pytest.mark.slow  # six processes that import torch and compile, and Ray's own
 @pytest.mark.timeout(900)
-@pytest.mark.skip(reason="seen to work by hand only: to be run and timed on a quiet machine first")
 def test_a_submitted_job_trains_over_shards(head, tmp_path):
     run = tmp_path / "run"
     sizes = ["--shards", "4", "--workers", "2", "--address", "auto", "--set", "training.steps=4"]

@@ -62,3 +62,10 @@ def assert_same(ours, truth, dtype):
         error = float((ours[name] - value).abs().max()) if value.numel() else 0.0
         assert ours[name].shape == value.shape, name
         assert error <= TOLERANCE[dtype] * max(scale, 1.0), f"{name}: {error} of {scale}"
+
+
+def small(**options):
+    """A SAM, always the same."""
+    torch.manual_seed(3)
+    sizes = {"num_slots": 40, "slot_dim": 5, "num_heads": 2, "top_k": 3, **options}
+    return SAM(3, 6, 2, **sizes).double()
