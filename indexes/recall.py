@@ -17,6 +17,7 @@ from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
 SAMPLE = 128  # queries: a recall of 0.95 at 8 is known to about 0.01
+ENOUGH = SAMPLE // 2  # queries to tune by
 USUAL_K = 8  # what is tuned for before there are queries
 OF_A_BATCH = 4  # queries that are kept of each
 MOST_OVERSAMPLING = 64
@@ -58,7 +59,7 @@ class QuerySample:
     @property
     def is_enough(self) -> bool:
         """Whether there are queries enough to tune by."""
-        return len(self) >= SAMPLE // 2
+        return len(self) >= ENOUGH
 
     @property
     def k(self) -> int:

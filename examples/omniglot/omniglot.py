@@ -62,14 +62,14 @@ def bank_maker(shards: int) -> Iterator[MakeBank]:
     if not shards:
         yield MemoryBank
         return
-    import ray
-
     from sparsemem.distributed.bank import ShardedBank
+    from sparsemem.distributed.cluster import Group, Resources
+    from sparsemem.distributed.connecting import connected
     from sparsemem.distributed.rayshards import RayShards
 
     with TemporaryDirectory() as folder, ExitStack() as banks:
-        banks.callback(ray.shutdown)
-        ray.init("local", num_cpus=2 * shards, include_dashboard=False, log_to_driver=False)
+        two_banks = Group("shard", 2 * shards, Resources(cpus=1.0, gpus=0.0, memory=0.0))
+        banks.enter_context(connected(None, [two_banks]))
 
         def make(num_rows: int, width: int) -> ShardedBank:
             place = Path(mkdtemp(dir=folder))

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import contextmanager
 from random import Random
 from unittest import mock
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsemem.indexes import upkeep
+from sparsemem.indexes import recall, upkeep
 from sparsemem.indexes.metrics import Metric
 from tests.oracles.device_kind import DeviceKind
 from tests.oracles.row_dictionary import (
@@ -38,7 +39,7 @@ KINDS = [
 TUNED = Kind("IVF8,Flat", floor=0.8, ks=(1, 2, 3))
 KINDS.append(TUNED)
 KINDS += [DeviceKind("IVF4,Flat", exhaustive=True), DeviceKind("IVF4,SQ8")]
-EAGER = {"CHECK_ROWS": 3, "CHECK_QUERIES": 4, "SAMPLE": 4, "WATCH_EVERY": 2}
+EAGER = {"CHECK_ROWS": 3, "CHECK_QUERIES": 4, "WATCH_EVERY": 2}
 CASES = [(kind, metric) for kind in KINDS for metric in kind.metrics]
 
 work = st.lists(
@@ -53,12 +54,19 @@ manners = st.builds(
 STEADY = {"STALE": 1e9, "GROWN": 1e9, "REPLACED": 1e9, "UNEVEN": 1e9, "PATIENT_CALLS": 0}
 
 
+@contextmanager
+def patched(changed):
+    """Other constants of upkeep, and a few queries are enough to tune by."""
+    with mock.patch.multiple(upkeep, **changed), mock.patch.object(recall, "ENOUGH", 2):
+        yield
+
+
 def run(kind: Kind, metric: Metric, operations, manner: Manner, dtype=torch.float64) -> None:
     driver = ProductWork if kind.name == "product-key" else Work
     changed = STEADY if manner.steady else {"PATIENT_CALLS": 0}
     if kind.floor is not None:
         changed = {**changed, **EAGER}
-    with warnings.catch_warnings(), mock.patch.multiple(upkeep, **changed):
+    with warnings.catch_warnings(), patched(changed):
         warnings.simplefilter("ignore", UserWarning)  # of upkeep that fails, as it is made to
         done = driver(kind, metric, dtype, manner)
         for operation, seed in operations:
@@ -85,7 +93,7 @@ def test_random_work(kind, metric):
 
 @pytest.mark.parametrize("metric", Metric)
 def test_the_tuned_kind_looks_into_some_of_its_lists_and_is_tuned_while_it_works(metric):
-    with mock.patch.multiple(upkeep, **STEADY, **EAGER):
+    with patched({**STEADY, **EAGER}):
         done = Work(TUNED, metric, torch.float64, Manner(40, 3, steady=True))
         efforts, recalls = [], []
         for seed in range(60):

@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from sparsemem.models.sam import SAM
 from sparsemem.models.sdnc import SDNC
 
 F32, F64 = torch.float32, torch.float64
