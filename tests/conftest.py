@@ -1,4 +1,4 @@
-"""Shapes in public signatures are executed: every sparsemem function is type-checked in tests."""
+"""What all tests share: checks of types, seeds, devices, Triton's interpreter, real data."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,9 @@ import hypothesis
 import jaxtyping
 import pytest
 
-_hook = jaxtyping.install_import_hook("sparsemem", "beartype.beartype")
+from tests.checking import sampler
+
+sampler.install("sparsemem")
 
 import torch  # noqa: E402
 
@@ -33,6 +35,7 @@ def plain_errors():
 
 @pytest.fixture(autouse=True)
 def _deterministic_start():
+    sampler.new_test()
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

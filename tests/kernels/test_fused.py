@@ -12,6 +12,7 @@ from sparsemem.models.sam import SAM, SAMCell
 from sparsemem.models.sdnc import SDNC
 from tests.kernels.comparing import F32, F64, assert_same, everything, ids_of, random_case
 from tests.oracles import dense_sam
+from tests.seeds import seeds
 
 pytest.importorskip("numba")
 MODELS = [SAM, SDNC]
@@ -49,9 +50,7 @@ def taken(monkeypatch):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize(
-    ("dtype", "seed"), [(F64, seed) for seed in range(40)] + [(F32, seed) for seed in range(20)]
-)
+@pytest.mark.parametrize(("dtype", "seed"), seeds(40, 10, F64) + seeds(20, 5, F32))
 def test_equals_the_reference(model_class, dtype, seed, switch, taken):
     """With weights so small that recurrence does not blow rounding up."""
     model, input = random_case(model_class, seed, dtype)
@@ -67,7 +66,7 @@ def test_equals_the_reference(model_class, dtype, seed, switch, taken):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", seeds(15, 5))
 def test_equals_the_dense_transcription(model_class, seed, switch, taken):
     model, input = random_case(model_class, seed + 100, F64, scales=(1, 3))
     output, state = model(input)
@@ -85,7 +84,7 @@ def test_equals_the_dense_transcription(model_class, seed, switch, taken):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(10, 4))
 def test_forks_cuts_and_a_change_of_code_on_the_way(model_class, seed, switch):
     """A sequence in chunks, fused or not at random, cut and cloned, against the torch code."""
 

@@ -11,6 +11,7 @@ from sparsemem.memory import row_tree
 from sparsemem.models.sam import SAM
 from tests.kernels.comparing import F32, F64, assert_same, everything, ids_of, random_case, small
 from tests.oracles import dense_sam
+from tests.seeds import seeds
 
 pytest.importorskip("numba")
 FORMS = ["reference", "steps", "sequence"]
@@ -22,9 +23,7 @@ def loss_of(output, state):
     return output.square().sum() + read + state.reads.sum() + sum(c.sin().sum() for c in controller)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "seed"), [(F64, seed) for seed in range(40)] + [(F32, seed) for seed in range(20)]
-)
+@pytest.mark.parametrize(("dtype", "seed"), seeds(40, 10, F64) + seeds(20, 5, F32))
 def test_equals_the_reference(dtype, seed, form, taken):
     """With weights so small that recurrence does not blow rounding up."""
     model, input = random_case(SAM, seed, dtype)
@@ -39,7 +38,7 @@ def test_equals_the_reference(dtype, seed, form, taken):
     assert state.episode._store.order.time == end.episode._store.order.time
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", seeds(15, 5))
 def test_equals_the_dense_transcription(seed, form):
     model, input = random_case(SAM, seed + 100, F64, scales=(1, 3))
     output, state = model(input)
@@ -55,7 +54,7 @@ def test_equals_the_dense_transcription(seed, form):
     torch.testing.assert_close(rows, dense.memory[:, : rows.shape[1]].detach())
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20, 6))
 def test_forks_cuts_and_changes_of_form_on_the_way(seed, form):
     """A sequence in chunks, in any form, cut and cloned, against the torch code: every gradient
     that flows into a state and out of it.

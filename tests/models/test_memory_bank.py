@@ -12,6 +12,7 @@ from sparsemem.models.registry import make_model, model_options
 from sparsemem.models.sam import SAM, SAMCell
 from sparsemem.models.sdnc import SDNC
 from tests.oracles import dense_sam
+from tests.seeds import seeds
 
 F64 = torch.float64
 MODELS = [SAM, SDNC]
@@ -78,7 +79,7 @@ def assert_close(ours, truth, tolerance=1e-9):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_equals_a_dense_copy_of_the_bank(model_class, seed):
     model, rows, live, input = random_case(model_class, seed)
     bank, before = model.cell.memory, model.cell.memory.keys.detach().clone()

@@ -10,6 +10,7 @@ from sparsemem.memory import addressing
 from sparsemem.models.sam import SAM
 from sparsemem.models.sdnc import SDNC
 from tests.oracles import dense_sam
+from tests.seeds import seeds
 
 F64 = torch.float64
 MODELS = [SAM, SDNC]
@@ -42,7 +43,7 @@ def random_case(model_class, seed):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_equals_the_dense_transcription(model_class, seed):
     model, input = random_case(model_class, seed)
     inputs = [input, *model.parameters()]
