@@ -180,14 +180,13 @@ def test_the_pods_see_the_same_folders(manifest):
     assert manifest["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_config_can_be_trained_by_the_workers(manifest, tmp_path):
+def test_the_config_is_the_example_and_the_workers_can_train_it(manifest, repository, tmp_path):
     (tmp_path / "cluster.yaml").write_text(manifest["ConfigMap"]["data"]["cluster.yaml"])
     config = load_config(tmp_path / "cluster.yaml")
+    assert config == load_config(repository / "examples/cluster.yaml")
     assert config.bank is not None
-    assert (
-        config.training.batch_size % option(manifest["ConfigMap"]["data"]["train.sh"], "--workers")
-        == 0
-    )
+    workers = option(manifest["ConfigMap"]["data"]["train.sh"], "--workers")
+    assert config.training.batch_size % workers == 0
 
 
 @pytest.fixture
