@@ -7,6 +7,10 @@ from difflib import get_close_matches
 from torch import Tensor
 
 
+class NotFiniteError(ValueError):
+    """A tensor has NaN or infinite values where finite ones are expected."""
+
+
 def check_size(name: str, value: int, minimum: int = 1) -> int:
     """Return `value` if it is an int of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -31,7 +35,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     bad = (~tensor.isfinite()).nonzero()
     if len(bad):
         where = tuple(bad[0].tolist())
-        raise ValueError(f"{name}{list(where)} is {tensor[where].item()}, expected finite values")
+        value = tensor[where].item()
+        raise NotFiniteError(f"{name}{list(where)} is {value}, expected finite values")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -39,6 +39,7 @@ Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fals
 Count = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
+Rate = Annotated[Float, Field(gt=0, le=1e30)]  # a float32 holds it
 
 
 class Section(BaseModel):
@@ -64,7 +65,7 @@ class Optimizer(Named):
     """A torch optimiser: its name, the learning rate at the start, its other options."""
 
     name: str = "adam"
-    learning_rate: Positive = 1e-3
+    learning_rate: Rate = 1e-3
 
 
 class Schedule(Section):
@@ -143,7 +144,7 @@ class RowOptimizer(Named):
     """A row optimiser of `sparsemem.optim`: as `Optimizer`."""
 
     name: str = "adam"
-    learning_rate: Positive = 1e-3
+    learning_rate: Rate = 1e-3
 
 
 class Bank(Section):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of
+from sparsemem.checks import NotFiniteError
 from sparsemem.training.banks import Fill, Keeper, dense_state, keeper_of
 from sparsemem.training.bptt import BatchResult, Diverged, train_batch
 from sparsemem.training.checkpoint import (
@@ -182,7 +183,7 @@ class Trainer:
         training = self.config.training
         with region("data"):
             batch = self.task.batch(self.step, level).to(self.device)
-        try:
+        with self._explained(f"at step {self.step + 1} (level {level})"):
             result = train_batch(
                 self.trained,
                 self.task,
@@ -192,11 +193,17 @@ class Trainer:
                 training.gradient_clip,
                 self.team,
             )
-        except Diverged as error:
-            raise self._diverged(f"{error} at step {self.step + 1} (level {level})") from None
         for schedule in self.schedules:
             schedule.step()
         return BatchResult(*self.team.means(result))
+
+    @contextmanager
+    def _explained(self, where: str) -> Iterator[None]:
+        """Turn whatever says that numbers are not finite into a RunError."""
+        try:
+            yield
+        except (Diverged, NotFiniteError) as error:
+            raise self._diverged(f"{error} {where}") from None
 
     def _diverged(self, what: str) -> RunError:
         back = f"the last checkpoint is {self._saved[1]}" if self._saved else "no checkpoint yet"
@@ -218,7 +225,9 @@ class Trainer:
     def _validate(self, log: Log, progress: Progress) -> bool:
         """Evaluate on the validation split; True if it was never better."""
         start = time.perf_counter()
-        loss, metric = self.team.told(self._evaluate(log, progress) if self.leads else (0.0, 0.0))
+        with self._explained(f"in validation at step {self.step}"):
+            found = self._evaluate(log, progress) if self.leads else (0.0, 0.0)
+        loss, metric = self.team.told(found)
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss} at step {self.step}")

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from sparsemem import MemoryBank
 from sparsemem.training.banks import bank_arguments, make_bank
 from sparsemem.training.bptt import train_batch
 from sparsemem.training.config import make_config, override
-from sparsemem.training.errors import CheckpointError, ConfigError, DamagedError
+from sparsemem.training.errors import CheckpointError, ConfigError, DamagedError, RunError
 from sparsemem.training.launch import evaluate_run, load_run, prepare_blank, resume, start
 from sparsemem.training.optimisers import make_optimisers
 from sparsemem.training.setup import describe, prepare
@@ -49,6 +50,21 @@ def of_model(tree, name):
 def rows(trainer):
     bank = trainer.setup.bank
     return [table.detach().clone() for table in bank.tables]
+
+
+@pytest.mark.parametrize(("step", "where"), [(2, "at step 3"), (3, "in validation at step 3")])
+def test_a_diverged_model_is_told_from_a_wrong_call(bank_tree, new_run, stop_at, step, where):
+    """Its queries are refused by the bank."""
+    bank_tree["training"] |= {"evaluate_every": 3}
+    trainer, run = new_run("run", bank_tree)
+
+    def poison():
+        with torch.no_grad():
+            trainer.model.cell.memory.query.weight.fill_(math.nan)
+
+    message = rf"^queries\[0, 0, 0, 0\] is nan, expected finite values {where}.*; a new run with"
+    with pytest.raises(RunError, match=message):
+        train(trainer, run, stop_at(step, poison))
 
 
 def test_the_bank_is_what_the_section_says(bank_tree):
