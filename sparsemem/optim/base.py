@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,7 +102,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: Options) -> None:
         """Add parameters with options of their own; as torch's, with the options checked."""
         self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        lean(super().add_param_group)(param_group)
         for parameter in self.param_groups[-1]["params"]:
             bank = bank_of(parameter)
             if bank is not None and not isinstance(bank, RemoteBank):
@@ -134,9 +136,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for value in self.state.get(parameter, {}).values():
             value.index_fill_(0, ids, 0)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        lean(super().zero_grad)(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; state of few rows of a table is packed: `rows` holds their ids."""
-        saved = super().state_dict()
+        saved: dict[str, Any] = lean(super().state_dict)()
         saved["state"] = {key: pack(state) for key, state in saved["state"].items()}
         return saved
 
@@ -151,7 +157,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if state_dict["state"].get(key):
                 saved = state_dict["state"][key]
                 states[parameter] = self._loaded(name, parameter, options, saved)
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        lean(super().load_state_dict)({**state_dict, "state": {}, "param_groups": groups})
         self.state.update(states)
 
     def _named(self) -> Iterator[tuple[str, Tensor, Options]]:
@@ -282,6 +288,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
         generator = torch.Generator(values.device).manual_seed(seed)
         return round_stochastically(values, generator)
+
+
+def lean(method: Any) -> Callable[..., Any]:
+    """A method of torch's optimiser, without importing torch's compiler.
+
+    torch marks some methods as not to be compiled, and imports its compiler to say so: two seconds,
+    which a process that compiles nothing, as a shard's, need not spend.
+    """
+    marked = getattr(torch.optim.Optimizer, method.__name__)
+    bare = getattr(marked, "__wrapped__", None)
+    if bare is None or "torch._dynamo" in sys.modules or method.__func__ is not marked:
+        return method
+    return partial(bare, method.__self__)
 
 
 def across(per_row: Tensor, rows: Tensor) -> Tensor:

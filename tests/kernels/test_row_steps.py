@@ -194,6 +194,8 @@ def step():
     optimiser.step()
 assert "numba" not in sys.modules
 step()
+optimiser.load_state_dict(optimiser.state_dict())
+assert "torch._dynamo" not in sys.modules, "steps of rows import torch's compiler"
 """
 
 
