@@ -34,7 +34,7 @@ from sparsemem.indexes.metrics import COSINE_EPSILON
 
 # Numbers of a block of rows: a few such blocks fit the cache of a core.
 BLOCK = 2**18
-FEW = 64
+FEW = 16  # blocks of rows without data
 
 
 def blocks(rows: Float[Tensor, "B N W"]) -> Iterator[tuple[slice, slice]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sparsemem.models.base import Cell, MemoryModel
+from sparsemem.models.dense import DenseCell
 from sparsemem.models.memory_lstm import MemoryLSTMCell
 from sparsemem.models.sam import SAMCell
 from sparsemem.models.sdnc import SDNCCell
 from sparsemem.training.banks import dense_parameters
 
-STEPS = (6, 12)  # that are run where a chunk has more
+# Steps that are run where a chunk has more.
+STEPS = (6, 12)
+DENSE_STEPS = (4, 8)  # of dense memories: what a step takes is the same at any
 PROBE_BATCH = 16  # sequences of sparse models that are run where there are more
 INT = 8  # bytes of an id
 
@@ -58,14 +62,13 @@ class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages or key in self._known:
             return
-
-        def freed(_: Any) -> None:
-            self.alive -= size
-            self._storages.pop(key, None)
-
-        self._storages[key] = weakref.ref(storage, freed)
+        self._storages[key] = weakref.ref(storage, partial(self._freed, key, size))
         self.alive += size
         self.peak = max(self.peak, self.alive)
+
+    def _freed(self, key: int, size: int, _: Any) -> None:
+        self.alive -= size
+        self._storages.pop(key, None)
 
 
 class StepSizes(NamedTuple):
@@ -146,7 +149,8 @@ def step_bytes(model: MemoryModel, sizes: StepSizes, training: bool = True) -> S
     sequences for a real run, is extrapolated: it is linear in both but for the tables of what was
     touched, which double and are known.
     """
-    short, long = min(STEPS[0], sizes.chunk), min(STEPS[1], sizes.chunk)
+    probe = DENSE_STEPS if isinstance(model.cell, DenseCell) else STEPS
+    short, long = (min(steps, sizes.chunk) for steps in probe)
 
     def rest(batch: int) -> tuple[float, Pass]:
         run = run_pass(model, batch, long, training)

@@ -4,7 +4,8 @@ import torch
 from sparsemem.training import calibration
 from sparsemem.training.calibration import Sizes, plan_seconds
 from sparsemem.training.config import make_config
-from sparsemem.training.plan import plan_memory
+from sparsemem.training.plan import Planned, lengths_of, plan_memory
+from sparsemem.training.setup import build_task, resolve
 
 # Plain numbers: an int serves as a float.
 pytestmark = pytest.mark.usefixtures("plain_errors")
@@ -29,7 +30,11 @@ def seconds(sizes):
 
 
 def plan_of(tree):
-    return plan_seconds(plan_memory(make_config(tree)))
+    """Of time alone: there is no plan of memory in it."""
+    config = make_config(tree)
+    task = build_task(config, config.training.batch_size)
+    config = resolve(config, task)
+    return plan_seconds(Planned(config, task, lengths_of(config, task), None))
 
 
 def test_sizes_that_can_be_run_are_run(tree, timed):
@@ -65,7 +70,7 @@ def test_a_real_calibration_tells_a_time_and_leaves_things_alone(tree, monkeypat
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    assert 0 < plan_of(tree).step < 60
+    assert 0 < plan_seconds(plan_memory(make_config(tree))).step < 60
     assert torch.equal(torch.rand(3), expected)
 
 

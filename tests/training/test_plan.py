@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparsemem.bench.measuring import tensor_peak
-from sparsemem.training import plan
+from sparsemem.training import calibration, plan
 from sparsemem.training.bankplan import bank_bytes
 from sparsemem.training.calibration import plan_seconds
 from sparsemem.training.config import make_config
@@ -29,14 +29,14 @@ def model(name):
 @pytest.mark.parametrize("truncate", [None, 6])
 def test_memory_is_within_20_percent_of_what_training_takes(tree, name, truncate):
     tree["model"] = model(name)
-    tree["task"]["max_level"] = 10
+    tree["task"]["max_level"], tree["evaluation"]["level"] = 7, 1
     tree["training"] |= {"truncate": truncate, "batch_size": 8}
     config = make_config(tree)
 
     def train():
         trainer = Trainer(prepare(config))
         for _ in range(2):
-            trainer._train_batch(10)
+            trainer._train_batch(7)
             trainer.step += 1
 
     train()
@@ -79,6 +79,7 @@ def test_long_sequences_are_not_made_to_know_their_length(tree):
 
 def test_what_cannot_fit_is_refused_with_the_sum(tree):
     tree["model"] = {**model("dnc"), "num_slots": 10**6}
+    tree["task"]["max_level"] = 1
     with pytest.raises(ConfigError) as caught:
         check_fits(make_config(tree))
     message = str(caught.value)
@@ -196,7 +197,8 @@ def test_time_over_a_bank_is_planned(tree, index):
     assert 0 < plan_seconds(plan_memory(make_config(tree))).step < 5
 
 
-def test_the_time_of_a_scan_grows_with_the_rows(tree):
+def test_the_time_of_a_scan_grows_with_the_rows(tree, monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS", 0.2)
     sizes = []
     for rows in (2**16, 2**20):
         config = make_config(banked(tree, "memory-lstm", num_rows=rows))
