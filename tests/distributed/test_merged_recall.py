@@ -8,7 +8,7 @@ from sparsemem.indexes.fresh import FreshIndex
 from tests.oracles.sharded import sharded
 
 N, WIDTH, SHARDS, TOP_K, FLOOR = 8_000, 8, 4, 8, 0.9
-READS, WARM = 40, 10
+READS, WARM = 25, 10
 OPTIONS = {"background": False, "exact_below": 1, "min_recall": FLOOR}
 
 

@@ -22,6 +22,7 @@ from sparsemem.optim import RowAdagrad, RowAdam, RowSGD
 from tests.oracles.sharded import whole
 
 ROWS, WIDTH, VALUE_WIDTH = 50, 6, 3
+GOING_ON = 15  # steps after a bank was resharded
 
 
 class Training:
@@ -109,12 +110,12 @@ def trained(tmp_path_factory):
     run.run(15)
     bank.save()
     run.run(10)
-    bank.append(torch.ones(1, WIDTH), torch.ones(1, VALUE_WIDTH), tags=9, ttl=90)
+    bank.append(torch.ones(1, WIDTH), torch.ones(1, VALUE_WIDTH), tags=9, ttl=8)
     book = book_of(bank)
     bank.close()
     shutil.copytree(path, path.with_name("copy"))
     going_on = opened(path.with_name("copy"))
-    losses = run.over(going_on).run(50)
+    losses = run.over(going_on).run(GOING_ON)
     hit = going_on.read(torch.ones(2, WIDTH), 6)
     return path, run, book, losses, (hit, book_of(going_on))
 
@@ -128,7 +129,7 @@ def test_saved_from_four_it_goes_on_as_any_number_of_shards(trained, tmp_path, n
     bank = opened(tmp_path / "new")
     assert bank.placement.num_shards == num_shards
     same_book(book_of(bank), book)
-    assert run.over(bank).run(50) == losses
+    assert run.over(bank).run(GOING_ON) == losses
     again = bank.read(torch.ones(2, WIDTH), 6)
     for ours, theirs in zip(again, hit, strict=True):
         assert torch.equal(ours, theirs)
@@ -149,7 +150,7 @@ def test_state_of_other_optimisers_goes_too(tmp_path, kind):
     run.run(6)
     bank.close()
     reshard(tmp_path / "bank", tmp_path / "new", 5)
-    losses = [run.over(opened(tmp_path / name)).run(20) for name in ("bank", "new")]
+    losses = [run.over(opened(tmp_path / name)).run(10) for name in ("bank", "new")]
     assert losses[0] == losses[1]
 
 

@@ -17,13 +17,9 @@ SIZE = 2
 def members(tmp_path_factory):
     """What each member had of it; and the run's folder."""
     folder = tmp_path_factory.mktemp("team")
-    command = [sys.executable, team_member.__file__]
-    started = [
-        subprocess.Popen([*command, str(rank), str(SIZE), str(folder)], stderr=subprocess.PIPE)
-        for rank in range(SIZE)
-    ]
-    said = [process.communicate()[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0] * SIZE, said
+    command = [sys.executable, team_member.__file__, str(SIZE), str(folder)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
     files = [folder / f"member-{rank}.json" for rank in range(SIZE)]
     return [json.loads(file.read_text()) for file in files], folder
 

@@ -1,9 +1,11 @@
-"""A member of a team of processes: python team_member.py RANK SIZE FOLDER.
+"""A team of processes: python team_member.py SIZE FOLDER.
 
-Trains a small model with the others, and writes down what it had of it.
+Each trains a small model with the others, and writes down what it had of it. They are forks of one
+process, which has imported all that they need.
 """
 
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -62,10 +64,8 @@ def train(run, team=None, stop=None):
     return trainer, outcome
 
 
-def main():
+def member(rank, size, folder):
     """Join, train, and say what came of it."""
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
     join(rank, size, "127.0.0.1", agree(folder, rank))
     team = GroupTeam()
     means, told = team.means([float(rank), 1.0]), team.told([float(rank + 5)])
@@ -84,6 +84,20 @@ def main():
     }
     (folder / f"member-{rank}.json").write_text(json.dumps(values))
     dist.destroy_process_group()
+
+
+def main():
+    """All members; fails where one has failed."""
+    size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1)])  # torch imports much more with the first optimiser
+    fork = multiprocessing.get_context("fork").Process
+    members = [fork(target=member, args=(rank, size, folder)) for rank in range(size)]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join()
+    sys.exit(any(process.exitcode for process in members))
 
 
 if __name__ == "__main__":
