@@ -201,18 +201,6 @@ def test_eval_takes_the_best_checkpoint_unless_told(config):
     assert best["step"] in (6, 12)
 
 
-def test_runs_started_at_the_same_time_get_a_folder_each(config):
-    command = [sys.executable, "-m", "sparsemem.cli", "train", config]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for _ in range(2)]
-    for process in runs:
-        _, shown = process.communicate()
-        assert process.returncode == 0, shown.decode()
-    for name in ("tiny", "tiny-2"):
-        lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [4, 6, 8, 12, 12]
-
-
 def test_eval_shows_its_result_before_it_fails_to_write_it(config):
     sparsemem("train", config, "--run", "run")
     Path("run/eval.json").mkdir()
@@ -222,20 +210,29 @@ def test_eval_shows_its_result_before_it_fails_to_write_it(config):
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_works(config):
+    """And a run that is started meanwhile gets a folder of its own."""
     settings = ["--set", "training.steps=100000", "--set", "training.evaluate_every=null"]
-    command = [sys.executable, "-m", "sparsemem.cli", "train", config, "--run", "run", *settings]
+    command = [sys.executable, "-m", "sparsemem.cli", "train", config, *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stderr:
             if line.startswith("step 8/"):
+                sparsemem("train", config)
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
     assert process.returncode == INTERRUPTED
-    assert "go on with: sparsemem train --resume run" in rest
+    assert "go on with: sparsemem train --resume runs/tiny\n" in rest
     assert "Traceback" not in rest
-    step = int(re.search(r"saved run/checkpoints/step-(\d+)", rest).group(1))
-    result = sparsemem("train", "--resume", "run", "--set", f"training.steps={step + 1}")
+    assert steps_of("runs/tiny-2") == [4, 6, 8, 12, 12]
+    step = int(re.search(r"saved runs/tiny/checkpoints/step-(\d+)", rest).group(1))
+    result = sparsemem("train", "--resume", "runs/tiny", "--set", f"training.steps={step + 1}")
     assert f"going on from step {step}" in result.stderr
-    steps = [json.loads(x)["step"] for x in Path("run/metrics.jsonl").read_text().splitlines()]
+    steps = steps_of("runs/tiny")
     assert steps == sorted(set(steps)), "no line twice"
+
+
+def steps_of(run):
+    return [
+        json.loads(line)["step"] for line in Path(run, "metrics.jsonl").read_text().splitlines()
+    ]

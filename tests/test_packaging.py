@@ -89,29 +89,24 @@ def test_the_wheel_names_its_command_and_licence(wheel):
     assert "licenses/LICENSE" in texts
 
 
-def test_the_wheel_is_imported_without_the_tree(wheel, tmp_path):
+def test_the_wheel_is_imported_without_the_tree_and_pulls_in_nothing_heavy(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import sparsemem, sparsemem.indexes, sparsemem.distributed as d\n"
+        "import sparsemem\n"
+        "heavy = {'ray', 'faiss', 'numba', 'triton', 'matplotlib', 'tensorboard', 'typer'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+        "import sparsemem.indexes, sparsemem.distributed as d\n"
         "print(sparsemem.__file__, sparsemem.indexes.__file__, d.__file__, sep='\\n')"
     )
-    lines = run_python(code, tmp_path, tmp_path).splitlines()
+    heavy, *lines = run_python(code, tmp_path, tmp_path).splitlines()
     expected = [tmp_path / package / "__init__.py" for package in FOLDERS.values()]
     assert lines == [str(path) for path in expected]
+    assert heavy == "[]"
 
 
 def test_the_links_lead_to_the_folders(repository):
     for folder in ("indexes", "distributed"):
         assert (repository / "sparsemem" / folder).readlink() == Path("..") / folder
-
-
-def test_import_pulls_in_nothing_heavy(repository, tmp_path):
-    code = (
-        "import sparsemem\n"
-        "heavy = {'ray', 'faiss', 'matplotlib', 'tensorboard', 'typer'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    assert run_python(code, repository, tmp_path).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["indexes", "distributed"])

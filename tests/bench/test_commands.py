@@ -1,8 +1,11 @@
 import json
+import pickle
 
 import pytest
 from typer.testing import CliRunner
 
+from sparsemem.bench import scaling
+from sparsemem.bench.measuring import seconds
 from sparsemem.bench.results import read_result
 from sparsemem.cli import app
 from sparsemem.console import USER_ERROR
@@ -18,7 +21,32 @@ def bench(*arguments, code=0):
     return result
 
 
-def test_scaling_writes_what_it_measured_and_compare_reads_it(tmp_path):
+def test_scaling_measures_a_point_in_a_process_of_its_own(tmp_path):
+    what = ["--models", "lstm", "--sizes", "64", "--banks", "none"]
+    bench("scaling", *TINY, *what, "--output", str(tmp_path / "out"))
+    (point,) = read_result(tmp_path / "out" / "scaling.json").points
+    assert (point.kind, point.name, point.size) == ("model", "lstm", 64)
+    assert len(point.times["step"].values) == 2
+
+
+class Here:
+    """A `Worker` that is no process: what is sent to one, a copy of the point, is made here."""
+
+    def __init__(self, point, threads):
+        self.work = pickle.loads(pickle.dumps(point)).make()
+
+    def made(self, limit):
+        return {**self.work.figures, "make_seconds": 0.0}
+
+    def measure(self, limit):
+        return {name: seconds(work) for name, work in self.work.work.items()}
+
+    def close(self):
+        pass
+
+
+def test_scaling_writes_what_it_measured_and_compare_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "Worker", Here)
     folder = tmp_path / "out"
     what = ["--models", "lstm,ntm", "--sizes", "16,64", "--banks", "exact", "--bank-sizes", "500"]
     shown = bench("scaling", *TINY, *what, "--output", str(folder))

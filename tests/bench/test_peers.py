@@ -1,8 +1,10 @@
+import json
 import sys
 
 import pytest
 
 from sparsemem.bench import peers as module
+from sparsemem.bench.peer_worker import PEERS, Server
 from sparsemem.bench.peers import ENVIRONMENTS, GROUPS, PeerPoint, PeerProcess, PeerSettings, peers
 from sparsemem.bench.points import ModelSettings
 from sparsemem.bench.schedule import Listener
@@ -39,10 +41,11 @@ def process(peer, python=sys.executable):
     ],
 )
 def test_a_peer_does_its_work_when_asked(peer):
-    worker = process(peer)
-    assert worker.made(120.0)["make_seconds"] > 0
-    assert 0 < worker.measure(60.0)["step"] < 60
-    worker.close()
+    """In this process; in one of its own, and over a pipe, one does so below."""
+    server, settings = Server(), json.loads(json.dumps(SETTINGS.work()))
+    asked = {"command": "make", "peer": peer, "threads": 1, "settings": settings}
+    assert server.answer(asked)["figures"]["make_seconds"] > 0
+    assert 0 < server.answer({"command": "step"})["seconds"] < 60
 
 
 def test_a_peer_that_is_not_installed_is_reported_and_the_others_go_on(monkeypatch):
@@ -96,8 +99,6 @@ def test_peers_run_in_the_environment_that_was_named():
 
 
 def test_every_peer_of_a_group_is_known_to_the_worker():
-    from sparsemem.bench.peer_worker import PEERS
-
     assert {name for names in GROUPS.values() for name in names} == set(PEERS)
     assert set(ENVIRONMENTS) <= set(PEERS)
     assert SETTINGS.size("product-keys") == 64
