@@ -29,30 +29,33 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 MemoryBank(10, 64).append(torch.ones(1, 64))  # what is loaded at first use
-before, start = resident(), time.perf_counter()
-bank = MemoryBank(10**8, 64, 32, dtype=torch.bfloat16, storage=sys.argv[1])
-seconds = time.perf_counter() - start
-bank.append(torch.ones(10, 64))
-bank.write(torch.tensor([10**8 - 1]), torch.ones(1, 64))
-bank.remove(torch.tensor([3]))
-print(seconds, resident() - before)
+for storage in sys.argv[1:]:
+    before, start = resident(), time.perf_counter()
+    bank = MemoryBank(10**8, 64, 32, dtype=torch.bfloat16, storage=storage)
+    seconds = time.perf_counter() - start
+    bank.append(torch.ones(10, 64))
+    bank.write(torch.tensor([10**8 - 1]), torch.ones(1, 64))
+    bank.remove(torch.tensor([3]))
+    print(seconds, resident() - before)
+    del bank
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("storage", ["ram", "file"])
-def test_a_hundred_million_rows_cost_what_is_touched(tmp_path, storage, repository):
-    where = storage if storage == "ram" else str(tmp_path / "rows")
+def test_a_hundred_million_rows_cost_what_is_touched(tmp_path, repository):
     run = subprocess.run(
-        [sys.executable, "-c", LAZY, where],
+        [sys.executable, "-c", LAZY, "ram", str(tmp_path / "rows")],
         capture_output=True,
         text=True,
         cwd=repository,
         check=True,
     )
-    seconds, size = map(float, run.stdout.split())
-    assert seconds < 1
-    assert size < 32 * MEGABYTE  # all of it would be 24 GB
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        seconds, size = map(float, line.split())
+        assert seconds < 1
+        assert size < 32 * MEGABYTE  # all of it would be 24 GB
 
 
 def test_mapped_tables_lie_one_after_another_in_a_new_file(tmp_path):

@@ -66,7 +66,7 @@ def test_what_a_rough_pass_leaves_unsure_is_searched_again(
 ):
     monkeypatch.setattr(device_scan, "ROUGH_TILES", 1)
     query = torch.randn(WIDTH)
-    rows = close_rows(query, 900, 0.01)
+    rows = close_rows(query, 700, 0.01)
     if metric is not Metric.cosine:  # for which their lengths do not matter
         rows = rows / rows.norm(dim=1, keepdim=True) * query.norm()
     table = table_of(rows.to(dtype), triton_device)
