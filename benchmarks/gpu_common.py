@@ -32,6 +32,7 @@ class Results:
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.end = path, time.monotonic() + seconds
         self.figures: dict[str, Figures] = json.loads(path.read_text()) if path.exists() else {}
+        gc.freeze()  # what is imported needs no looking through after each measurement
 
     @property
     def seconds_left(self) -> float:
