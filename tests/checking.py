@@ -15,12 +15,12 @@ class Sampler:
     """What jaxtyping's import hook decorates functions with."""
 
     def __init__(self) -> None:
-        self.test = 0
+        self._calls: dict[int, int] = {}  # in the present test, by the function's code
         self._check = jaxtyping.jaxtyped
 
     def new_test(self) -> None:
         """From here on first calls are first calls again."""
-        self.test += 1
+        self._calls.clear()
 
     def install(self, package: str) -> None:
         """Check what is imported of a package from here on."""
@@ -33,18 +33,20 @@ class Sampler:
         return lambda f: self.sampled(f, check) if isinstance(f, FunctionType) else check(f)
 
     def sampled(self, function, check):
-        """A function whose first calls in a test are checked."""
-        checked, test, calls = None, -1, 0
+        """A function whose first calls in a test are checked.
+
+        Those of all functions of one code, which a function in a function is made of every time.
+        """
+        checked, code = None, id(function.__code__)
 
         @functools.wraps(function)
         def call(*args, **kwargs):
             __tracebackhide__ = True
-            nonlocal checked, test, calls
-            if test != self.test:
-                test, calls = self.test, 0
+            nonlocal checked
+            calls = self._calls.get(code, 0)
             if calls >= CALLS:
                 return function(*args, **kwargs)
-            calls += 1
+            self._calls[code] = calls + 1
             if checked is None:  # many functions are never called
                 checked = check(function)
             return checked(*args, **kwargs)

@@ -290,7 +290,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return round_stochastically(values, generator)
 
 
-def lean(method: Any) -> Callable[..., Any]:
+def lean(method: Any) -> Any:
     """A method of torch's optimiser, without importing torch's compiler.
 
     torch marks some methods as not to be compiled, and imports its compiler to say so: two seconds,
