@@ -33,6 +33,12 @@ def start(path, **options):
     return ShardedBank(path, RayShards.start(path, **options))
 
 
+def local(path):
+    """A bank as `start` makes one, but for its shards, which are in this process."""
+    ShardedBank.create(path, ROWS, WIDTH, num_shards=SHARDS)
+    return ShardedBank(path, LocalShards(path))
+
+
 def held(path, patience=10.0):
     """What the folder of a closed bank holds, once its actors are gone."""
     deadline = time.monotonic() + patience
@@ -72,7 +78,7 @@ def filled(bank):
 def test_a_killed_shard_comes_back_and_callers_wait(cluster, tmp_path):
     losses = []
     for name, killed in (("one", False), ("two", True)):
-        bank = filled(start(tmp_path / name))
+        bank = filled((start if killed else local)(tmp_path / name))
         optimiser = RowAdam([bank.keys], lr=0.05)
         losses.append([])
         for number in range(12):
@@ -116,7 +122,7 @@ def test_shards_on_this_machine_are_called_over_lines(cluster, tmp_path):
 
 
 def test_a_slow_shard_is_named_and_its_change_is_done_once(cluster, tmp_path):
-    bank, other = (filled(start(tmp_path / name)) for name in ("bank", "other"))
+    bank, other = filled(start(tmp_path / "bank")), filled(local(tmp_path / "other"))
     optimisers = [RowAdam([b.keys], lr=0.1) for b in (bank, other)]
     slow = pids(bank)[1]
     for b, optimiser in zip((bank, other), optimisers, strict=True):
