@@ -71,9 +71,8 @@ def ray_head(num_cpus):
             wait_until(lambda page=page: answers(page) == 200, process, folder / "log")
         yield head
     finally:
-        process.send_signal(signal.SIGTERM)
+        end_all(folder)  # nothing to wait for: all that it has written goes too
         process.wait(timeout=60)
-        end_all(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -118,7 +117,7 @@ def wait_until(holds, process, log, patience=120.0):
 
 
 def end_all(folder, patience=30.0):
-    """End what is left of a cluster: Ray's agents may take a minute to see that it is gone."""
+    """End all processes of a cluster; of themselves, Ray's agents may take a minute."""
     deadline = time.monotonic() + patience
     while left := processes_of(folder):
         assert time.monotonic() < deadline, left
