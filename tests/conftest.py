@@ -55,8 +55,8 @@ def mended_interpreter() -> None:
 
     It asks for arrays of one number as indices, which NumPy refuses; it prepares the whole language
     at every call of a function by a kernel, where it has done so for the kernel; it works types
-    of numbers and shapes out anew each time; and it does sums and products of integers twice, to see
-    whether they overflow, which a GPU does not.
+    of numbers and shapes out anew each time; and it adds and multiplies whole numbers twice, to
+    see whether they overflow, which a GPU does not.
     """
     import triton.language
     from triton.runtime import interpreter
