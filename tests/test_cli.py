@@ -201,6 +201,18 @@ def test_eval_takes_the_best_checkpoint_unless_told(config):
     assert best["step"] in (6, 12)
 
 
+@pytest.mark.slow
+def test_runs_started_at_the_same_time_get_a_folder_each(config):
+    command = [sys.executable, "-m", "sparsemem.cli", "train", config]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for _ in range(2)]
+    for process in runs:
+        _, shown = process.communicate()
+        assert process.returncode == 0, shown.decode()
+    for name in ("tiny", "tiny-2"):
+        assert steps_of(f"runs/{name}") == [4, 6, 8, 12, 12]
+
+
 def test_eval_shows_its_result_before_it_fails_to_write_it(config):
     sparsemem("train", config, "--run", "run")
     Path("run/eval.json").mkdir()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.manifest import Arguments
-from sparsemem.bank.shards import SHARD_ROWS, Fields, Layout
+from sparsemem.bank.shards import SHARD_ROWS, Layout
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.optim.base import RowOptimizer
 from sparsemem.training.banks import make_bank
@@ -113,11 +113,6 @@ def _state_bytes(config: Config, few: MemoryBank) -> tuple[int, int]:
         size = _sum(optimiser._zero_state(parameter, is_table, group).values())
         tables, sub_keys = (tables + size, sub_keys) if is_table else (tables, sub_keys + size)
     return tables, sub_keys
-
-
-def _row_bytes(fields: Fields) -> int:
-    """Of a row in a shard's file, with its id."""
-    return ID_BYTES + sum(dtype.itemsize * math.prod(shape) for dtype, shape in fields.values())
 
 
 def _sum(tensors: Iterable[Tensor]) -> int:

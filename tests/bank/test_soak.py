@@ -14,7 +14,7 @@ from sparsemem import MemoryBank
 from sparsemem.optim import RowSGD
 
 N, W, V, K = 20_000, 16, 4, 8
-SECONDS = float(os.environ.get("SPARSEMEM_SOAK_SECONDS", "15"))
+SECONDS = float(os.environ.get("SPARSEMEM_SOAK_SECONDS", "60"))
 
 
 class Soak:

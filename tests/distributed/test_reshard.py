@@ -22,7 +22,7 @@ from sparsemem.optim import RowAdagrad, RowAdam, RowSGD
 from tests.oracles.sharded import whole
 
 ROWS, WIDTH, VALUE_WIDTH = 50, 6, 3
-GOING_ON = 15  # steps after a bank was resharded
+GOING_ON = [15, pytest.param(50, marks=pytest.mark.slow)]  # steps after a bank was resharded
 
 
 class Training:
@@ -101,8 +101,8 @@ def same_book(one, other, without=()):
             assert torch.equal(column, other[name]), name
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=GOING_ON)
+def trained(tmp_path_factory, request):
     """A folder of 4 shards with logs and checkpoints, the run that it is of, and what comes."""
     path = tmp_path_factory.mktemp("trained") / "bank"
     bank = new_bank(path, 4)
@@ -115,7 +115,7 @@ def trained(tmp_path_factory):
     bank.close()
     shutil.copytree(path, path.with_name("copy"))
     going_on = opened(path.with_name("copy"))
-    losses = run.over(going_on).run(GOING_ON)
+    losses = run.over(going_on).run(request.param)
     hit = going_on.read(torch.ones(2, WIDTH), 6)
     return path, run, book, losses, (hit, book_of(going_on))
 
@@ -129,7 +129,7 @@ def test_saved_from_four_it_goes_on_as_any_number_of_shards(trained, tmp_path, n
     bank = opened(tmp_path / "new")
     assert bank.placement.num_shards == num_shards
     same_book(book_of(bank), book)
-    assert run.over(bank).run(GOING_ON) == losses
+    assert run.over(bank).run(len(losses)) == losses
     again = bank.read(torch.ones(2, WIDTH), 6)
     for ours, theirs in zip(again, hit, strict=True):
         assert torch.equal(ours, theirs)

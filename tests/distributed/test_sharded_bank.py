@@ -53,7 +53,14 @@ def test_gradients_are_those_of_one_bank(num_shards, metric, value_width):
 
 @pytest.mark.parametrize(
     ("kind", "num_shards", "steps"),
-    [(RowAdam, 4, 60), (RowAdam, 1, 30), (RowSGD, 3, 30), (RowAdagrad, 3, 30), (RowAdamW, 3, 30)],
+    [
+        (RowAdam, 4, 60),
+        pytest.param(RowAdam, 4, 300, marks=pytest.mark.slow),
+        (RowAdam, 1, 30),
+        (RowSGD, 3, 30),
+        (RowAdagrad, 3, 30),
+        (RowAdamW, 3, 30),
+    ],
 )
 @pytest.mark.usefixtures("plain_errors")  # in a quarter of the time
 def test_training_gives_the_same_losses_and_rows(kind, num_shards, steps):

@@ -53,7 +53,7 @@ def test_write_leaves_the_old_memory_alone():
     assert rows.tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
 
 
-@pytest.mark.parametrize("heads", [1, 5])  # of which the last erases in a second group
+@pytest.mark.parametrize("heads", [1, pytest.param(H, marks=pytest.mark.slow), 5])
 def test_gradients(heads, block):
     def step(rows, weights, erases, words, kept):
         memory = DenseMemory(rows).write(weights, erases, words, kept)
