@@ -6,6 +6,7 @@ all and added up in the order of the members, so that it is the same number on e
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -109,3 +110,14 @@ def join(
     )
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Leave the group, of which nobody may hold a model any more that was `wrapped` in it.
+
+    Such a model also holds the group. Where it goes last, torch waits for the group's threads
+    while it holds Python's lock, which they may need to let go of a tensor: for ever. The group
+    by itself is let go of without the lock (github.com/pytorch/pytorch/pull/154976).
+    """
+    gc.collect()  # models that only refer to themselves
+    dist.destroy_process_group()

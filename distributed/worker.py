@@ -12,7 +12,6 @@ import ray
 import ray.train
 import ray.train.collective
 import torch
-import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 
@@ -21,13 +20,13 @@ from sparsemem.distributed.desk import Answer, Reporter, Word
 from sparsemem.distributed.keeper import Versions, go_back
 from sparsemem.distributed.metrics import RunMetrics
 from sparsemem.distributed.rayshards import RayShards
-from sparsemem.distributed.team import GroupTeam, join
+from sparsemem.distributed.team import GroupTeam, join, leave
 from sparsemem.errors import UserError
-from sparsemem.training.config import make_config
+from sparsemem.training.config import Config, make_config
 from sparsemem.training.errors import RunError
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import prepare
-from sparsemem.training.trainer import Trainer
+from sparsemem.training.trainer import Outcome, Trainer
 
 SESSION = ".session"  # of a run's folder: what its driver wrote there
 
@@ -74,15 +73,23 @@ def train(work: Work) -> str:
     on_gpu = torch.device(config.training.device).type == "cuda"
     join(rank, size, own_address(), agreed, on_gpu=on_gpu)
     bank = ShardedBank(work.bank, shards.another(), worker=rank, num_workers=size)
-    trainer = Trainer(prepare(config, bank), GroupTeam(), Versions(bank, run))
+    outcome = train_together(work, config, run, bank, newest)
+    leave()
+    return outcome.name
+
+
+def train_together(
+    work: Work, config: Config, run: RunFolder, bank: ShardedBank, newest: Path | None
+) -> Outcome:
+    """Train with the team from a checkpoint on, or from the start."""
+    team = GroupTeam()
+    trainer = Trainer(prepare(config, bank), team, Versions(bank, run))
     if newest is not None:
         trainer.restore(newest)
     reporter = DeskReporter(work, trainer.step)
-    if rank == 0 and ray.get(work.desk.begin.remote()):
+    if team.rank == 0 and ray.get(work.desk.begin.remote()):
         reporter.say(f"trainers were lost, others go on from step {trainer.step}")
-    outcome = trainer.train(run, reporter, work.profiled, reporter.stop)
-    dist.destroy_process_group()
-    return outcome.name
+    return trainer.train(run, reporter, work.profiled, reporter.stop)
 
 
 def seen_run(work: Work, rank: int) -> RunFolder:

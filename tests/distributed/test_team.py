@@ -18,7 +18,7 @@ def members(tmp_path_factory):
     """What each member had of it; and the run's folder."""
     folder = tmp_path_factory.mktemp("team")
     command = [sys.executable, team_member.__file__, str(SIZE), str(folder)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     files = [folder / f"member-{rank}.json" for rank in range(SIZE)]
     return [json.loads(file.read_text()) for file in files], folder
@@ -45,3 +45,9 @@ def test_all_stop_where_one_is_asked(members):
     assert values[0]["outcomes"] == ["FINISHED", "INTERRUPTED"]
     steps = team_member.CONFIG["training"]["steps"]
     assert values[0]["step"] == steps + 1  # it is told along with the next step's figures
+
+
+def test_no_model_outlives_its_group(members):
+    """Else torch may wait for ever where the last one goes: see `leave`."""
+    values, _ = members
+    assert [value["models"] for value in values] == [0] * SIZE

@@ -4,6 +4,7 @@ Each trains a small model with the others, and writes down what it had of it. Th
 process, which has imported all that they need.
 """
 
+import gc
 import json
 import multiprocessing
 import sys
@@ -11,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sparsemem.distributed.team import GroupTeam, join
+from sparsemem.distributed.team import GroupTeam, join, leave
 from sparsemem.training.config import make_config
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import prepare
@@ -67,14 +68,22 @@ def train(run, team=None, stop=None):
 def member(rank, size, folder):
     """Join, train, and say what came of it."""
     join(rank, size, "127.0.0.1", agree(folder, rank))
+    values = train_twice(rank, size, folder)
+    leave()
+    values["models"] = sum(isinstance(kept, DistributedDataParallel) for kept in gc.get_objects())
+    (folder / f"member-{rank}.json").write_text(json.dumps(values))
+
+
+def train_twice(rank, size, folder):
+    """To the end, and on until one is asked to stop; what came of it."""
     team = GroupTeam()
     means, told = team.means([float(rank), 1.0]), team.told([float(rank + 5)])
     trainer, outcome = train(RunFolder(folder / "run"), team)
     stop = Stop()
     stop.number = 2 if rank == size - 1 else None  # one of them is asked to stop
     trainer.config.training.steps = 100
-    _, after = trainer, trainer.train(RunFolder(folder / "run"), stop=stop)
-    values = {
+    after = trainer.train(RunFolder(folder / "run"), stop=stop)
+    return {
         "means": means,
         "told": told,
         "outcomes": [outcome.name, after.name],
@@ -82,8 +91,6 @@ def member(rank, size, folder):
         "validation": trainer.validation,
         "parameters": [parameter.sum().item() for parameter in trainer.model.parameters()],
     }
-    (folder / f"member-{rank}.json").write_text(json.dumps(values))
-    dist.destroy_process_group()
 
 
 def main():
