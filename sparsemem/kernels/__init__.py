@@ -6,6 +6,7 @@ Numba before a kernel is needed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,6 +52,17 @@ def load(dtype: torch.dtype, links: bool) -> Kernels | None:
     return None
 
 
+@cache
+def can_find(dtype: torch.dtype) -> bool:
+    """Compile `Kernels.unroll` for long episodes too, with their trees; False where that fails."""
+    with compiling_said(f"long episodes for {dtype}"), falling_back("long episodes"):
+        from sparsemem.kernels.unroll import WITH_TREES
+
+        compile_all(WITH_TREES, dtype)
+        return True
+    return False
+
+
 def row_kernels_for(dtype: torch.dtype) -> RowKernels | None:
     """The kernels of rows for the dtype of a table; None: use the torch code."""
     return load_rows(dtype) if choice() != "reference" and dtype in DTYPES else None
@@ -91,16 +103,15 @@ def several(kind: Any, *lengths: int) -> list[Any]:
     """Numba's types of tuples of these lengths."""
     from numba import types
 
-    return [types.UniTuple(kind, length) for length in lengths]  # type: ignore[no-untyped-call]
+    tuple_of: Any = types.Tuple.from_types
+    return [tuple_of([kind] * length) for length in lengths]
 
 
 def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
     """Compile for one dtype."""
-    from numba import types
-
     from sparsemem.kernels import gradients, steps
 
-    like, array = likeness(dtype)
+    like, _ = likeness(dtype)
     step = (steps.write_step, steps.search_step, steps.read_step, gradients.backward_step)
     if links:
         from sparsemem.kernels.links import ENTRIES, links_step
@@ -110,7 +121,14 @@ def compile_for(dtype: torch.dtype, links: bool) -> Kernels:
         from sparsemem.kernels.unroll import ENTRIES, unroll, unroll_backward
 
         rest = (None, unroll, unroll_backward)
-    entries = {**steps.ENTRIES, **gradients.ENTRIES, **ENTRIES}
+    compile_all({**steps.ENTRIES, **gradients.ENTRIES, **ENTRIES}, dtype)
+    return Kernels(like, *step, *rest)
+
+
+def compile_all(entries: Mapping[Any, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Compile functions of an array of a dtype and of tuples of whole numbers of these lengths."""
+    from numba import types
+
+    _, array = likeness(dtype)
     for function, lengths in entries.items():
         function.compile((array, *several(types.int64, *lengths)))
-    return Kernels(like, *step, *rest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemem.kernels.compiled import clear, kernel
+from sparsemem.kernels.compiled import clear, part
 
 LENGTH = 127.0  # of a code, as a vector
 LONGEST = 240.0  # of a query's: with wide rows less, as the product has to fit 16 bits
@@ -21,7 +21,7 @@ ROUNDS = 4  # of 2-means, when a node is split
 PART = 4  # a part of a split node has a quarter of its members, at least
 
 
-@kernel
+@part
 def encode(row, scale, length, code):
     """A row times a scale, which makes its length 1, as a code. Not-a-number becomes 0."""
     for j in range(len(row)):
@@ -29,14 +29,14 @@ def encode(row, scale, length, code):
         code[j] = np.int64(number) if -length <= number <= length else 0
 
 
-@kernel
+@part
 def query_length(width):
     """How long the code of a query may be."""
     rounding = np.sqrt(width) / 2  # which may make a code longer
     return min(LONGEST, np.floor(LARGEST / (LENGTH + rounding) - rounding))
 
 
-@kernel
+@part
 def products(codes, count, query, scores):
     """Products of a query's code [W] with the first of the codes [W, S] of a node.
 
@@ -58,7 +58,7 @@ def products(codes, count, query, scores):
             scores[s] += np.int16(a * first[s])
 
 
-@kernel
+@part
 def divide(codes, sides, means):
     """Part the first of codes [W, S] in two by 2-means of directions: sides [n], means [2, W].
 
@@ -67,7 +67,8 @@ def divide(codes, sides, means):
     leaning = np.empty(len(sides))
     for i in range(len(sides)):
         sides[i] = 0
-    mean_direction(codes, sides, 0, means[0])
+    first, second = np.int64(0), np.int64(1)
+    mean_direction(codes, sides, first, means[0])
     for side in (0, 1):  # begin with the one least like all of them, and the one least like that
         lean(codes, means[0], leaning)
         farthest = 0
@@ -81,11 +82,11 @@ def divide(codes, sides, means):
         for i in range(len(sides)):
             sides[i] = 1 if leaning[i] > 0 else 0
         balance(leaning, sides)
-        mean_direction(codes, sides, 0, means[0])
-        mean_direction(codes, sides, 1, means[1])
+        mean_direction(codes, sides, first, means[0])
+        mean_direction(codes, sides, second, means[1])
 
 
-@kernel
+@part
 def lean(codes, axis, leaning):
     """How far the first of codes [W, S] point along an axis."""
     clear(leaning)
@@ -94,7 +95,7 @@ def lean(codes, axis, leaning):
             leaning[i] += axis[j] * codes[j, i]
 
 
-@kernel
+@part
 def mean_direction(codes, sides, side, mean):
     """The mean direction of those codes [W, S] that are on a side; as long as a code."""
     total = 0.0
@@ -108,7 +109,7 @@ def mean_direction(codes, sides, side, mean):
         mean[j] *= LENGTH / np.sqrt(total) if total > 0 else 0
 
 
-@kernel
+@part
 def balance(leaning, sides):
     """Move those that lean most until both sides have a quarter."""
     count, second = len(sides), sides.sum()

@@ -32,7 +32,7 @@ LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on
 
 
 def kernel(function: Callable[..., Any], **options: Any) -> Any:
-    """Decorator of compiled functions; each is compiled for the types that it is called with."""
+    """Decorator of compiled functions that Python calls; see `compile_all`."""
     function = inspect.unwrap(function)  # without a type checker's wrapper
     options = {**OPTIONS, **options}
     try:
@@ -41,9 +41,17 @@ def kernel(function: Callable[..., Any], **options: Any) -> Any:
         return numba.njit(function, **options)
 
 
-def strict_kernel(function: Callable[..., Any]) -> Any:
-    """Decorator of compiled functions whose sums are added up and rounded as they stand."""
-    return kernel(function, fastmath=False)
+def part(function: Callable[..., Any], **options: Any) -> Any:
+    """Decorator of compiled functions that kernels call; each is compiled for the types that it is
+    called with. Python may not call one: it would crash. What it would need for that takes as long
+    to compile as half of the rest.
+    """
+    return kernel(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+
+
+def strict_part(function: Callable[..., Any]) -> Any:
+    """Decorator of parts whose sums are added up and rounded as they stand."""
+    return part(function, fastmath=False)
 
 
 @intrinsic
@@ -60,13 +68,13 @@ def pointer(_context, address, like):
 carray: Any = vars(numba)["carray"]  # which is not listed in its types
 
 
-@kernel
+@part
 def array_at(address, like, shape):
     """The array of a shape at an address; its dtype is that of `like`."""
     return carray(pointer(address, like), shape)  # type: ignore[call-arg]
 
 
-@kernel
+@part
 def dot(a, b):
     """a . b of vectors."""
     total = a.dtype.type(0)
@@ -75,7 +83,7 @@ def dot(a, b):
     return total
 
 
-@kernel
+@part
 def add_scaled(to, factor, row):
     """to += factor row, in the dtype of `to`."""
     scale = to.dtype.type(factor)
@@ -83,42 +91,44 @@ def add_scaled(to, factor, row):
         to[i] += scale * row[i]
 
 
-@kernel
+@part
 def assign(to, row):
     """to = row. As `to[:] = row`, which takes a second to compile."""
     for i in range(len(to)):
         to[i] = row[i]
 
 
-@kernel
+@part
 def clear(to):
     """to = 0."""
     for i in range(len(to)):
         to[i] = 0
 
 
-@kernel
+@part
 def inverse_norm(row):
     """1 / sqrt(|row|^2 + epsilon)."""
     return 1 / np.sqrt(dot(row, row) + COSINE_EPSILON)
 
 
-@kernel
+@part
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return 1 / (1 + np.exp(-x))
 
 
-@kernel
+@part
 def oneplus(x):
     """1 + log(1 + e^x)."""
     return 1 + (x if x > LINEAR_FROM else np.log1p(np.exp(x)))
 
 
-@kernel
+@part
 def softmax(values):
     """Softmax of a short vector, in place."""
-    largest, total = values.max(), 0.0
+    largest, total = values[0], 0.0
+    for i in range(len(values)):
+        largest = max(largest, values[i])
     for i in range(len(values)):
         values[i] = np.exp(values[i] - largest)
         total += values[i]
@@ -126,7 +136,7 @@ def softmax(values):
         values[i] /= total
 
 
-@kernel
+@part
 def insert(cells, ids, found, cell, id):
     """Put an id where it belongs among the best so far: by cell, then the lower id.
 
@@ -147,7 +157,7 @@ def insert(cells, ids, found, cell, id):
     return found + 1, place
 
 
-@kernel
+@part
 def content_weights(query, strength, rows, weights):
     """softmax over rows [K, W] of beta cos(query, row) (eq. 4)."""
     factor = oneplus(strength) * inverse_norm(query)
@@ -156,7 +166,7 @@ def content_weights(query, strength, rows, weights):
     softmax(weights)
 
 
-@kernel
+@part
 def given_or_zero(address, like, shape):
     """The array at an address; zeros for address 0."""
     return array_at(address, like, shape) if address else np.zeros(shape, like.dtype)

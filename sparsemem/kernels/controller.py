@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from sparsemem.kernels.compiled import add_scaled, kernel, strict_kernel
+from sparsemem.kernels.compiled import add_scaled, part, strict_part
 
 # ln 2 in two parts, the first of so few bits that its product with an exponent is exact.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.121944400546905827679e-4
@@ -41,8 +41,8 @@ def exponential(_context, x):
         shift = number(1.5 * 2**mantissa + bias)
         shifted = builder.fadd(builder.fmul(x, number(LOG2_E)), shift)
         k, rest = builder.fsub(shifted, shift), x
-        for part in (LN2_HIGH, LN2_LOW):
-            rest = builder.fsub(rest, builder.fmul(k, number(part)))
+        for some in (LN2_HIGH, LN2_LOW):
+            rest = builder.fsub(rest, builder.fmul(k, number(some)))
         total = number(1 / factorial(TERMS))
         for power in reversed(range(TERMS)):
             total = builder.fadd(builder.fmul(total, rest), number(1 / factorial(power)))
@@ -54,7 +54,7 @@ def exponential(_context, x):
     return x(x), generate
 
 
-@strict_kernel
+@strict_part
 def sigmoids(values):
     """1 / (1 + e^-x), in place."""
     one = values.dtype.type(1)
@@ -62,7 +62,7 @@ def sigmoids(values):
         values[i] = one / (one + exponential(-values[i]))
 
 
-@strict_kernel
+@strict_part
 def tanhs(values):
     """tanh(x) = 1 - 2 / (e^2x + 1), in place."""
     one, two = values.dtype.type(1), values.dtype.type(2)
@@ -70,7 +70,7 @@ def tanhs(values):
         values[i] = one - two / (exponential(two * values[i]) + one)
 
 
-@kernel
+@part
 def lstm(gates, cell, next_cell, hidden):
     """A step of an LSTM: gates [4 D] before and after their nonlinearity, in place; in torch's
     order i, f, g, o. `hidden` is D long, or longer.
@@ -88,7 +88,7 @@ def lstm(gates, cell, next_cell, hidden):
         hidden[i] *= gates[3 * size + i]
 
 
-@kernel
+@part
 def lstm_backward(gates, cell, next_cell, to_hidden, to_cell, to_gates):
     """From the hidden state's gradient to that of the gates before their nonlinearity. `to_cell`
     is the next cell's gradient, and then the cell's.
@@ -111,7 +111,7 @@ def lstm_backward(gates, cell, next_cell, to_hidden, to_cell, to_gates):
         to_cell[i] *= kept[i]
 
 
-@kernel
+@part
 def add_four(to, other_to, at, other, i, row, second, third, fourth):
     """Add four rows, times entries i .. i + 3 of `at` and of `other`, to one and another."""
     a, b, c, d = at[i], at[i + 1], at[i + 2], at[i + 3]
@@ -121,7 +121,7 @@ def add_four(to, other_to, at, other, i, row, second, third, fourth):
         other_to[j] += e * row[j] + f * second[j] + g * third[j] + h * fourth[j]
 
 
-@kernel
+@part
 def add_product(inputs, weights, outputs, begin, end):
     """outputs [B, .. J] += inputs [B, .. I] weights [I, J], for elements begin .. end - 1.
 

@@ -16,13 +16,14 @@ from sparsemem.kernels.compiled import (
     inverse_norm,
     kernel,
     oneplus,
+    part,
     sigmoid,
     softmax,
 )
 from sparsemem.kernels.steps import GATES
 
 
-@kernel
+@part
 def softmax_backward(weights, gradient):
     """The gradient of the logits, in place of that of the weights."""
     mean = dot(weights, gradient)
@@ -30,7 +31,7 @@ def softmax_backward(weights, gradient):
         gradient[i] = weights[i] * (gradient[i] - mean)
 
 
-@kernel
+@part
 def content_backward(values, width, rows, weights, gradient, to_values, to_rows):
     """From one head's content weights [K] to its query and strength and to the rows.
 
@@ -54,7 +55,7 @@ def content_backward(values, width, rows, weights, gradient, to_values, to_rows)
     to_values[2 * width] = to_beta * (1 if strength > LINEAR_FROM else sigmoid(strength))
 
 
-@kernel
+@part
 def mix_backward(links, last_weights, logits, content, gradient, to_logits, to_last):
     """Through pi1 b + pi2 c + pi3 f; the content weights' gradient takes the place of c's part."""
     k, modes = links.shape[1], logits.copy()
@@ -71,7 +72,7 @@ def mix_backward(links, last_weights, logits, content, gradient, to_logits, to_l
     softmax_backward(modes, to_logits)
 
 
-@kernel
+@part
 def read_backward(
     buffer, values, width, ids, links, last_weights, rows, weights, to_reads, to_weights,
     to_values, to_last,
@@ -100,7 +101,7 @@ def read_backward(
         add_scaled(buffer[ids[entry]], 1, to_rows[entry])
 
 
-@kernel
+@part
 def write_backward(buffer, values, width, ids, last_weights, to_values, to_last):
     """From the rows' gradient to the words and gates [H, I] and last read weights of a write.
 
@@ -149,9 +150,10 @@ def backward_step(like, sizes, addresses):
     to_weights = given_or_zero(addresses[9], like, (batch, heads, entries))
     to_values = array_at(addresses[10], like, (batch, heads, inputs))
     to_last = array_at(addresses[11], like, (batch, heads, support))
-    to_values[:], to_last[:] = 0, 0
     for b in range(batch):
         for h in range(heads):
+            clear(to_values[b, h])
+            clear(to_last[b, h])
             read_backward(
                 buffer[b], values[b, h], width, ids[b, h], links[b, h], last_weights[b, h],
                 rows[b, h], weights[b, h], to_reads[b, h], to_weights[b, h], to_values[b, h],

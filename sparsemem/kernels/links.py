@@ -7,12 +7,14 @@ sparse: ids and weights. L links are kept of a row.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from sparsemem.kernels.compiled import array_at, clear, insert, kernel
+from sparsemem.kernels.compiled import array_at, clear, insert, kernel, part
 
 
-@kernel
+@part
 def cell_of(weight, scale):
     """What a weight is ranked by: its place on the grid; zeros come behind all other weights."""
     if weight == 0:
@@ -21,7 +23,7 @@ def cell_of(weight, scale):
     return np.inf if np.isnan(cell) else cell
 
 
-@kernel
+@part
 def collected(ids, weights):
     """The weights with those of repeated ids added to the first of them."""
     total = weights.copy()
@@ -34,7 +36,7 @@ def collected(ids, weights):
     return total
 
 
-@kernel
+@part
 def is_first(ids, entry):
     """Whether no entry before has the same id."""
     earlier = 0
@@ -43,7 +45,7 @@ def is_first(ids, entry):
     return earlier == entry
 
 
-@kernel
+@part
 def mix_in(ids, weights, keep, other_ids, others, factor, scale, cells, all_ids, sums):
     """keep * row + factor * other, cut to the L largest entries; the row is overwritten.
 
@@ -67,7 +69,7 @@ def mix_in(ids, weights, keep, other_ids, others, factor, scale, cells, all_ids,
             weights[place] = sums[entry]
 
 
-@kernel
+@part
 def update(follows_ids, follows, precedes_ids, precedes, before_ids, before, ids, weights, scale):
     """Link what was written behind what was written before, but for the decay of `precedes`."""
     keep, room = weights.dtype.type(1), len(before) + max(len(before), len(ids))
@@ -87,7 +89,7 @@ def update(follows_ids, follows, precedes_ids, precedes, before_ids, before, ids
     mix_in(before_ids, before, left, ids, written, keep, scale, cells, all_ids, sums)
 
 
-@kernel
+@part
 def decay(table_ids, table, ids, weights, dense):
     """Entries at what was written lose as much as was written there. `dense` is zero."""
     for entry in range(len(ids)):
@@ -99,7 +101,7 @@ def decay(table_ids, table, ids, weights, dense):
         dense[id] = 0
 
 
-@kernel
+@part
 def follow(table_ids, table, ids, weights, dense, scale, chosen, weights_of):
     """The K largest entries of the table times a vector, and how they depend on the vector's
     entries: weights_of [K, S]. `dense` is zero.
@@ -167,4 +169,4 @@ def links_step(like, sizes, addresses):
             follow(to_ids, to, last_id, last, dense, scale, ids[b, h, 2], weights_of[b, h, 1])
 
 
-ENTRIES = {links_step: (10, 14)}  # sizes and addresses
+ENTRIES: dict[Any, tuple[int, ...]] = {links_step: (10, 14)}  # sizes and addresses

@@ -19,6 +19,7 @@ from sparsemem.kernels.compiled import (
     given_or_zero,
     inverse_norm,
     kernel,
+    part,
 )
 
 SGD, ADAGRAD, ADAM = 0, 1, 2  # what `step_rows` does
@@ -26,7 +27,7 @@ COSINE, PRODUCT, DISTANCE = 0, 1, 2  # the metrics of `score_gradients`
 OUT_OF_RANGE = -1
 
 
-@kernel
+@part
 def add_up(ids, order, values, place, total):
     """Sum, in order, the entries of the row whose first is at `place`; where the next row is."""
     row = ids[place]
@@ -38,7 +39,7 @@ def add_up(ids, order, values, place, total):
     return place
 
 
-@kernel
+@part
 def is_due(row, live, frozen, selected):
     """Whether a row may be stepped; marks that are empty say nothing."""
     if len(live) and (not live[row] or frozen[row]):
@@ -46,7 +47,7 @@ def is_due(row, live, frozen, selected):
     return len(selected) == 0 or selected[row] != 0
 
 
-@kernel
+@part
 def sgd(row, gradient, velocity, numbers):
     """`RowSGD`'s step; `velocity` is empty without momentum."""
     number = row.dtype.type
@@ -64,7 +65,7 @@ def sgd(row, gradient, velocity, numbers):
         row[i] -= lr * (own * step + share * velocity[i])
 
 
-@kernel
+@part
 def adagrad(row, gradient, total, numbers):
     """`RowAdagrad`'s step; `total` [1] is the row's accumulator."""
     number = row.dtype.type
@@ -75,7 +76,7 @@ def adagrad(row, gradient, total, numbers):
     add_scaled(row, -lr / (np.sqrt(total[0]) + eps), gradient)
 
 
-@kernel
+@part
 def adam(row, gradient, mean, square, count, numbers):
     """`RowAdam`'s step; `count` [1] is the number of the row's steps.
 
@@ -141,7 +142,7 @@ def step_rows(like, sizes, numbers, addresses):
     return done
 
 
-@kernel
+@part
 def score_factors(metric, query_norm, row_norm, score, gradient):
     """a, b, c of the gradients: a query + b row of the row; a row + c query of the query.
 

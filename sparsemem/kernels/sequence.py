@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from sparsemem import devices
 from sparsemem.indexes.ranking import GRID_BITS
 from sparsemem.indexes.triton_switch import use_triton
-from sparsemem.kernels import Kernels, kernels_for
+from sparsemem.kernels import Kernels, can_find, kernels_for
 from sparsemem.kernels.fused import addresses, can_step
 from sparsemem.kernels.threads import in_parts
 from sparsemem.memory.entries import Entries
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 128  # at once: bounds what is kept of steps that need no gradient
 EVERYTHING = 2**62  # rows; more than there can be
-TREE_TABLES = 16  # arrays of trees
 
 
 class Layers(NamedTuple):
@@ -192,6 +191,8 @@ def advance(
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
     sizes, taken, lap_begun = sequence.sizes, 0, False
     while taken < sizes.steps:
+        if is_long(store, sizes, taken) and not can_find(store.rows.dtype):
+            break
         reserve(store, sizes)
         now = run(kernels, store, sequence, weights, taken)
         has_room = store.extent + sizes.growth <= rows_allowed(store)
@@ -201,6 +202,12 @@ def advance(
             store.order.least_recent(sizes.heads)  # begins a lap, from which the kernel goes on
         taken, lap_begun = now, now == taken and has_room
     return taken
+
+
+def is_long(store: EpisodeStore, sizes: Sizes, taken: int) -> bool:
+    """Whether rows may have to be found by trees in the steps that are left."""
+    stop = store.extent + (sizes.steps - taken) * sizes.growth
+    return store.trees is not None and stop >= store.trees.minimum
 
 
 def reserve(store: EpisodeStore, sizes: Sizes) -> None:
@@ -219,13 +226,15 @@ def rows_allowed(store: EpisodeStore) -> int:
     return capacity if capacity < store.num_slots else EVERYTHING
 
 
-def searching(store: EpisodeStore, top_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """From where on rows are found by trees, how, their sizes and their addresses."""
+def searching(
+    store: EpisodeStore, sizes: Sizes, taken: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """From where on rows are found by trees, how, and the trees' sizes; their addresses, if any."""
+    if store.trees is None or not is_long(store, sizes, taken):
+        return (EVERYTHING, *[0] * 6), ()
     trees = store.trees
-    if trees is None:
-        return (EVERYTHING, *[0] * 6), (0,) * TREE_TABLES
-    _, _, _, *sizes = trees.tables.sizes
-    return (trees.minimum, *trees.effort(top_k), *sizes), trees.tables.places
+    _, _, _, *nodes = trees.tables.sizes
+    return (trees.minimum, *trees.effort(sizes.top_k), *nodes), trees.tables.places
 
 
 def run(
@@ -241,9 +250,9 @@ def run(
     bits = GRID_BITS[store.rows.dtype]
     limits = (capacity, store.num_slots, bits, order.time - first, rows_allowed(store), first)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
-    found, tables = searching(store, sizes.top_k)
-    places = (*addresses(*state, pointer, kept, *weights, *sequence.records), *tables)
-    now = kernels.unroll(kernels.like, (*sizes, *limits, *found), places)
+    found, tables = searching(store, sizes, first)
+    places = addresses(*state, pointer, kept, *weights, *sequence.records)
+    now = kernels.unroll(kernels.like, (*sizes, *limits, *found), places, tables)
     store.version += now > first
     store.touched, store.extent = touched, int(touched.max())
     order.pointer, order.kept, order.time = pointer, kept, order.time + now - first

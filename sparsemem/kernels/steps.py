@@ -25,6 +25,7 @@ from sparsemem.kernels.compiled import (
     insert,
     inverse_norm,
     kernel,
+    part,
     sigmoid,
     softmax,
 )
@@ -35,7 +36,7 @@ GATES = 3  # strength, write gate and interpolation, behind query and word; then
 LAP_ENDED, OUT_OF_PLACE = -1, -2  # why a step was not taken
 
 
-@kernel
+@part
 def choose_fresh(kept, lap, lap_start, start, last_access, num_slots, chosen):
     """The next slots of a lap that were not accessed since: see `AccessOrder`.
 
@@ -58,7 +59,7 @@ def choose_fresh(kept, lap, lap_start, start, last_access, num_slots, chosen):
     return at if found == count else LAP_ENDED
 
 
-@kernel
+@part
 def in_range(ids, stop):
     """Whether all ids are in 0 .. stop - 1."""
     inside = True
@@ -67,7 +68,7 @@ def in_range(ids, stop):
     return inside
 
 
-@kernel
+@part
 def write(rows, norms, values, width, last_ids, last_weights, fresh, ids, weights):
     """Erase the fresh rows, add every head's word at its last reads and its fresh row (eq. 5).
 
@@ -94,14 +95,14 @@ def write(rows, norms, values, width, last_ids, last_weights, fresh, ids, weight
     return stop
 
 
-@kernel
+@part
 def rank(rows, norms, candidates, start, stop, query, scale, ids):
     """The best of rows start .. stop - 1, and of candidates before them, by cosine, best first.
 
     As `top_k` of sparsemem.indexes.ranking has it: ties by lower position. Candidates that are
     negative or not before `start` count as none.
     """
-    k, found, cells = len(ids), 0, np.empty(len(ids))
+    k, found, cells = len(ids), np.int64(0), np.empty(len(ids))
     scaled, norm = np.zeros_like(query), inverse_norm(query)
     add_scaled(scaled, norm, query)
     for position in candidates:
@@ -114,13 +115,13 @@ def rank(rows, norms, candidates, start, stop, query, scale, ids):
             found, _ = insert(cells, ids, found, cell, position)
 
 
-@kernel
+@part
 def cell_of(score):
     """The place on the grid of a score in units of the grid; not-a-number comes first."""
     return np.inf if np.isnan(score) else np.rint(score)
 
 
-@kernel
+@part
 def read(table, values, width, ids, links, last_weights, rows, weights, reads):
     """What a step reads at ids [H, R]: rows [H, R, W], their weights, and what they sum to.
 
@@ -144,7 +145,7 @@ def read(table, values, width, ids, links, last_weights, rows, weights, reads):
             add_scaled(reads[head], weights[head, entry], rows[head, entry])
 
 
-@kernel
+@part
 def mix(links, last_weights, logits, weights):
     """pi1 b + pi2 c + pi3 f: of weights [3K] those by content are given."""
     k, modes = links.shape[1], logits.copy()
@@ -155,7 +156,7 @@ def mix(links, last_weights, logits, weights):
         weights[2 * k + entry] = modes[2] * dot(links[1, entry], last_weights)
 
 
-@kernel
+@part
 def total_at(ids, weights, id):
     """Total weight of an id."""
     total = weights.dtype.type(0)
@@ -165,9 +166,13 @@ def total_at(ids, weights, id):
     return total
 
 
-@kernel
+@part
 def mark(last_access, time, ids, weights, other_ids, other_weights):
-    """Slots whose weights, written plus read, exceed delta for a head are accessed now."""
+    """Slots whose weights, written plus read, exceed delta for a head are accessed now.
+
+    The number of rows up to the highest one read.
+    """
+    stop = 0
     for head in range(len(ids)):
         for entries in (ids[head], other_ids[head]):
             for id in entries:
@@ -175,6 +180,9 @@ def mark(last_access, time, ids, weights, other_ids, other_weights):
                 total += total_at(other_ids[head], other_weights[head], id)
                 if total > ACCESS_THRESHOLD:
                     last_access[id] = max(last_access[id], time)
+        for id in other_ids[head]:
+            stop = max(stop, id + 1)
+    return stop
 
 
 @kernel
@@ -268,8 +276,8 @@ def read_step(like, sizes, addresses):
             table[b], values[b], width, ids[b], links[b], last_weights[b], rows[b], weights[b],
             reads[b],
         )  # fmt: skip
-        mark(last_access[b], time, write_ids[b], write_weights[b], ids[b], weights[b])
-        touched[b] = max(touched[b], ids[b].max() + 1)
+        stop = mark(last_access[b], time, write_ids[b], write_weights[b], ids[b], weights[b])
+        touched[b] = max(touched[b], stop)
         extent = max(extent, touched[b])
     return extent
 

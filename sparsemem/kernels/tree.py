@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsemem.kernels.codes import LENGTH, MARGIN, PART, divide, encode, products, query_length
-from sparsemem.kernels.compiled import array_at, insert, kernel
+from sparsemem.kernels.compiled import array_at, insert, kernel, part
 
 NONE, LOWEST = -1, -(2**40)
 TOGETHER = 32  # scores that are looked at one by one if one of them is large enough
@@ -50,14 +50,14 @@ class Tree(NamedTuple):
     entered: Any  # [1]: rows 0 .. entered - 1 are in the tree
 
 
-@kernel
+@part
 def scan(level, nodes, query, best, kept, scores):
     """The members of nodes with the largest products, best first, ties by number: as many as
     `best` has room for. The last but `kept` of them are only such as come within the margin of
     the one before; NONE behind them. `scores` [len(nodes), S] is overwritten.
     """
     cells, tops = np.empty(len(best), np.int64), np.full(len(nodes), LOWEST)
-    found, least = 0, LOWEST
+    found, least = np.int64(0), np.int64(LOWEST)  # not literals: Numba compiles those apart
     for i in range(len(best)):
         best[i] = NONE
     for i in range(len(nodes)):
@@ -70,7 +70,7 @@ def scan(level, nodes, query, best, kept, scores):
             )
     if found < kept or kept == len(best):
         return
-    found, enough = 0, least - np.int64(MARGIN * LENGTH * query_length(len(query)))
+    found, enough = np.int64(0), least - np.int64(MARGIN * LENGTH * query_length(len(query)))
     for i in range(len(nodes)):
         if tops[i] > LOWEST and tops[i] >= enough:
             node, count = nodes[i], level.counts[nodes[i]]
@@ -79,7 +79,7 @@ def scan(level, nodes, query, best, kept, scores):
             )
 
 
-@kernel
+@part
 def enter_best(cells, best, found, least, scores, members, count):
     """Put members of at least a score where they belong among the best so far. How many these
     are, and what a score has to be from now on.
@@ -95,7 +95,7 @@ def enter_best(cells, best, found, least, scores, members, count):
     return found, least
 
 
-@kernel
+@part
 def largest(scores, start, stop):
     """The largest of some scores."""
     top = scores[start]
@@ -104,7 +104,7 @@ def largest(scores, start, stop):
     return np.int64(top)
 
 
-@kernel
+@part
 def propose(tree, query, groups, lists, best, k):
     """Rows among which the k best for the code of a query should be: of the nearest of the lists
     of the nearest groups, as many of these as the arguments say.
@@ -116,16 +116,17 @@ def propose(tree, query, groups, lists, best, k):
     scan(tree.groups, np.zeros(1, np.int64), query, near_groups, groups, of_root)
     scan(tree.lists, near_groups, query, near_lists, lists, scores)
     scan(tree.rows, near_lists, query, best, k, scores)
+    return best
 
 
-@kernel
+@part
 def assign_code(level, node, place, code):
     """Set the code at a place of a node."""
     for j in range(len(code)):
         level.codes[node, j, place] = code[j]
 
 
-@kernel
+@part
 def append(level, node, member, code):
     """Add a member to a node."""
     place = level.counts[node]
@@ -135,7 +136,7 @@ def append(level, node, member, code):
     level.counts[node] = place + 1
 
 
-@kernel
+@part
 def take_out(level, member):
     """Remove a member from its node, whose last one takes its place. The node."""
     size = level.members.shape[1]
@@ -150,7 +151,7 @@ def take_out(level, member):
     return node
 
 
-@kernel
+@part
 def new_node(level):
     """An empty node: one that was given up, or one that never was in use."""
     node = level.state[1]
@@ -163,14 +164,14 @@ def new_node(level):
     return node
 
 
-@kernel
+@part
 def give_up(level, node):
     """Make a node free."""
     level.counts[node] = level.state[1]
     level.state[1] = node
 
 
-@kernel
+@part
 def split(level, node, above):
     """Move a part of a node's members to a new one, which the node above gets. That one."""
     count, width = level.counts[node], level.codes.shape[1]
@@ -193,18 +194,18 @@ def split(level, node, above):
     return parent
 
 
-@kernel
+@part
 def home(tree, code):
     """The list for a code: the nearest one of the nearest groups."""
     groups, chosen = np.empty(HOMES, np.int64), np.empty(1, np.int64)
     of_root = np.empty((1, tree.groups.members.shape[1]), np.int16)
     of_groups = np.empty((HOMES, tree.lists.members.shape[1]), np.int16)
-    scan(tree.groups, np.zeros(1, np.int64), code, groups, HOMES, of_root)
-    scan(tree.lists, groups, code, chosen, 1, of_groups)
+    scan(tree.groups, np.zeros(1, np.int64), code, groups, len(groups), of_root)
+    scan(tree.lists, groups, code, chosen, len(chosen), of_groups)
     return chosen[0]
 
 
-@kernel
+@part
 def add(tree, node, row, code):
     """Add a row to a list; split what is full then."""
     append(tree.rows, node, row, code)
@@ -214,7 +215,7 @@ def add(tree, node, row, code):
             split(tree.lists, group, tree.groups)
 
 
-@kernel
+@part
 def scatter(tree, node):
     """Give up a list and add its rows to others, if there are others."""
     group = tree.lists.places[node] // tree.lists.members.shape[1]
@@ -234,7 +235,7 @@ def scatter(tree, node):
     give_up(tree.rows, node)
 
 
-@kernel
+@part
 def is_near(codes, place, code):
     """Whether a code may stay in its list: no number changed by more than one, and it is not its
     turn to look for a list again, as every eighth of such changes is, more or less.
@@ -247,7 +248,7 @@ def is_near(codes, place, code):
     return total % TURNS != 0
 
 
-@kernel
+@part
 def put(tree, row, code):
     """Enter a row by its code, or tell where one that is in the tree points now."""
     if tree.groups.counts[0] == 0:
@@ -258,33 +259,31 @@ def put(tree, row, code):
     if place != NONE and is_near(tree.rows.codes[place // size], place % size, code):
         assign_code(tree.rows, place // size, place % size, code)
         return
-    chosen = home(tree, code)
-    if place == NONE:
-        add(tree, chosen, row, code)
-    elif place // size == chosen:
+    chosen, left = home(tree, code), NONE
+    if place != NONE and place // size == chosen:
         assign_code(tree.rows, chosen, place % size, code)
-    else:
+        return
+    if place != NONE:
         left = take_out(tree.rows, row)
-        add(tree, chosen, row, code)
-        if tree.rows.counts[left] < size // FEW:
-            scatter(tree, left)
+    add(tree, chosen, row, code)
+    if left != NONE and tree.rows.counts[left] < size // FEW:
+        scatter(tree, left)
 
 
-@kernel
+@part
 def update(tree, ids, touched, rows, norms, code):
     """Tell a tree of rows at ids that have changed, and of all that were touched since."""
     entered = tree.entered[0]
-    for id in ids.flat:
-        if id < entered:
+    known = ids.flat
+    for i in range(len(known) + max(touched - entered, 0)):
+        id = known[i] if i < len(known) else entered + i - len(known)
+        if i >= len(known) or id < entered:
             encode(rows[id], norms[id], LENGTH, code)
             put(tree, id, code)
-    for id in range(entered, touched):
-        encode(rows[id], norms[id], LENGTH, code)
-        put(tree, id, code)
     tree.entered[0] = max(entered, touched)
 
 
-@kernel
+@part
 def has_room(tree, entering, moving):
     """Whether there are nodes enough to enter so many rows, and to move so many."""
     size = tree.rows.members.shape[1]
@@ -293,7 +292,7 @@ def has_room(tree, entering, moving):
     return min(lists, groups) >= 2 + PART * entering // size + moving * (1 + size // FEW)
 
 
-@kernel
+@part
 def trees_at(sizes, addresses):
     """The trees of all elements, each array with the batch in front."""
     batch, width, capacity, size, lists, groups = sizes
@@ -322,13 +321,13 @@ def trees_at(sizes, addresses):
     return Tree(rows, middle, top, array_at(addresses[15], whole, (batch, 1)))
 
 
-@kernel
+@part
 def level_of(level, b):
     """An element's part of a level."""
     return Level(level.codes[b], level.members[b], level.counts[b], level.places[b], level.state[b])
 
 
-@kernel
+@part
 def tree_of(trees, b):
     """An element's tree."""
     rows, lists, groups = level_of(trees.rows, b), level_of(trees.lists, b), trees.groups

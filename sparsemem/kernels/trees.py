@@ -9,7 +9,7 @@ import torch
 
 from sparsemem.indexes.compiling import compiling_said, falling_back
 from sparsemem.indexes.triton_switch import choice
-from sparsemem.kernels import likeness
+from sparsemem.kernels import compile_all, likeness
 
 
 class TreeKernels(NamedTuple):
@@ -35,12 +35,8 @@ def load_trees() -> TreeKernels | None:
 
 def compile_trees() -> TreeKernels:
     """Compile the kernels of trees."""
-    from numba import types
-
     from sparsemem.kernels.tree import ENTRIES, enter_rows, propose_rows
 
-    like, array = likeness(torch.float32)
-    for function, lengths in ENTRIES.items():
-        tuples = (types.UniTuple(types.int64, n) for n in lengths)  # type: ignore[no-untyped-call]
-        function.compile((array, *tuples))
+    compile_all(ENTRIES, torch.float32)
+    like, _ = likeness(torch.float32)
     return TreeKernels(like, enter_rows, propose_rows)

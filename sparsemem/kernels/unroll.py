@@ -8,6 +8,8 @@ step to the next: hidden state and reads.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from sparsemem.kernels.codes import encode, query_length
@@ -27,12 +29,13 @@ from sparsemem.kernels.tree import has_room, propose, tree_of, trees_at, update
 
 
 @kernel
-def unroll(like, sizes, addresses):
+def unroll(like, sizes, addresses, tables):
     """Steps `first` .. T - 1; how many are taken then.
 
     It stops before a step that might touch rows beyond `allowed`, or for which a lap holds too few
     slots or a tree too few nodes, or whose last reads are out of place. Elements that have touched
-    `minimum` rows find them by their trees.
+    `minimum` rows find them by their trees; where `tables`, their
+    addresses, are (), all rows are scanned, and Numba leaves out what is behind `len(tables)`.
     """
     steps, batch, heads, width, inputs, k, hidden = sizes[:7]
     capacity, num_slots, grid_bits, time, allowed, first = sizes[7:13]
@@ -61,7 +64,8 @@ def unroll(like, sizes, addresses):
     read_rows = array_at(addresses[19], like, (steps, batch, heads, k, width))
     links = array_at(addresses[18], like, (heads, 2, 0, k))  # of SDNC
     shape = (batch, width, capacity, node_size, node_lists, node_groups)
-    trees = trees_at(shape, addresses[20:])
+    if len(tables) > 0:
+        trees = trees_at(shape, tables)
     candidates, code = np.empty(proposed, np.int64), np.empty(width, np.int16)
     fresh, next_start = np.empty_like(kept), np.empty_like(start)
     for t in range(first, steps):
@@ -75,9 +79,12 @@ def unroll(like, sizes, addresses):
                 or next_start[b] == LAP_ENDED
                 or not in_range(fresh[b], capacity)
                 or not in_range(ids[t, b], capacity)
-                or not can_find(tree_of(trees, b), touched[b] + heads + k, minimum, write_ids[t, b])
             ):
                 return t
+            if len(tables) > 0 and touched[b] + heads + k >= minimum:
+                entering = touched[b] + heads + k - trees.entered[b, 0]
+                if not has_room(tree_of(trees, b), entering, write_ids[t, b].size):
+                    return t
         add_product(carried[t], recurrent, gates[t], 0, batch)
         for b in range(batch):
             assign(kept[b], fresh[b])
@@ -91,34 +98,27 @@ def unroll(like, sizes, addresses):
                 write_ids[t, b], write_weights[b],
             )  # fmt: skip
             touched[b] = max(touched[b], stop)
-            visible, scanned, tree = min(touched[b] + k, num_slots), 0, tree_of(trees, b)
-            if touched[b] >= minimum:
-                scanned = min(touched[b], num_slots - k)
+            visible, entered = min(touched[b] + k, num_slots), 0
+            if len(tables) > 0 and touched[b] >= minimum:
+                entered, tree = min(touched[b], num_slots - k), tree_of(trees, b)
                 update(tree, write_ids[t, b], touched[b], rows[b], norms[b], code)
             for head in range(heads):
-                query, found = values[t, b, head, :width], whole
-                if touched[b] >= minimum:
+                query, found = values[t, b, head, :width], candidates[:0]
+                if len(tables) > 0 and touched[b] >= minimum:
                     encode(query, inverse_norm(query), query_length(width), code)
-                    propose(tree, code, groups, lists, candidates, k)
-                    found = candidates
-                rank(rows[b], norms[b], found, scanned, visible, query, scale, ids[t + 1, b, head])
+                    found = propose(tree, code, groups, lists, candidates, k)
+                rank(rows[b], norms[b], found, entered, visible, query, scale, ids[t + 1, b, head])
             read(
                 rows[b], values[t, b], width, ids[t + 1, b], links, weights[t, b],
                 read_rows[t, b], weights[t + 1, b],
                 carried[t + 1, b, hidden:].reshape(heads, width),
             )  # fmt: skip
-            mark(
+            stop = mark(
                 last_access[b], time + t, write_ids[t, b], write_weights[b], ids[t + 1, b],
                 weights[t + 1, b],
             )  # fmt: skip
-            touched[b] = max(touched[b], ids[t + 1, b].max() + 1)
+            touched[b] = max(touched[b], stop)
     return steps
-
-
-@kernel
-def can_find(tree, stop, minimum, writes):
-    """Whether a tree has room for a step after which `stop` rows may have been touched."""
-    return stop < minimum or has_room(tree, stop - tree.entered[0], writes.size)
 
 
 @kernel
@@ -174,4 +174,6 @@ def unroll_backward(like, sizes, addresses):
         add_product(to_gates[t], recurrent, to_carried[t], begin, end)
 
 
-ENTRIES = {unroll: (20, 36), unroll_backward: (10, 15)}  # sizes and addresses
+# Sizes and addresses. With trees it takes as long again to compile.
+ENTRIES: dict[Any, tuple[int, ...]] = {unroll: (20, 20, 0), unroll_backward: (10, 15)}
+WITH_TREES = {unroll: (20, 20, 16)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from sparsemem.kernels import sequence
 from sparsemem.kernels.sequence import MAX_STEPS
 from sparsemem.memory import row_tree
 from sparsemem.models.sam import SAM
@@ -169,6 +170,29 @@ def test_it_goes_on_where_trees_begin(form, taken, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_it_stops_before_trees_that_it_has_no_code_for(form, taken, monkeypatch):
+    """Up to there it takes steps at once; from there on one at a time, which find by trees."""
+    model, input = small(num_slots=1000, index_after=40), torch.randn(2, 40, 3, dtype=F64)
+    chunks = [*input.split(2, 1)]
+    expected = [output for output, _ in along(model, chunks)]
+    assert all(taken[1:]), "whole chunks"
+    taken.clear()
+    monkeypatch.setattr(sequence, "can_find", lambda dtype: False)
+    for (output, state), same in zip(along(model, chunks), expected, strict=True):
+        torch.testing.assert_close(output, same, rtol=0, atol=1e-12)
+        last = state
+    assert (taken[1], taken[-1]) == (2, 0)
+    assert last.episode._store.trees.entered.min() >= 40
+
+
+def along(model, chunks):
+    """Outputs and states, chunk by chunk."""
+    state = None
+    for chunk in chunks:
+        output, state = model(chunk, state)
+        yield output, state
+
+
 @pytest.mark.parametrize("num_slots", [60, 100_000])
 def test_long_episodes_step_by_step_and_in_chunks(num_slots, form, taken, monkeypatch):
     """Lists that are not looked into hide the same rows; a full memory begins laps."""
@@ -244,15 +268,22 @@ def test_an_element_does_not_depend_on_those_beside_it(form):
         torch.testing.assert_close(alone[0], output[b], rtol=0, atol=1e-6)
 
 
+def for_python(part):
+    """A part of the kernels as Python can call it."""
+    from numba import njit
+
+    return njit(lambda *given: part(*given))
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_nonlinearities_to_the_last_bits(dtype):
     from sparsemem.kernels.controller import sigmoids, tanhs
 
     edges = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-9, -800.0, 800.0], dtype=dtype)
     values = torch.cat([torch.linspace(-90, 90, 20_001, dtype=dtype), edges])
-    for kernel, function in ((sigmoids, torch.sigmoid), (tanhs, torch.tanh)):
+    for part, function in ((sigmoids, torch.sigmoid), (tanhs, torch.tanh)):
         ours = values.clone()
-        kernel(ours.numpy())
+        for_python(part)(ours.numpy())
         close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps, "equal_nan": True}
         torch.testing.assert_close(ours, function(values), **close)
 
@@ -266,5 +297,5 @@ def test_products(rows, columns, begin, end):
     outputs = torch.randn(5, columns + 3, dtype=F64)
     expected = outputs.clone()
     expected[begin:end, :columns] += inputs[begin:end, :rows] @ weights
-    add_product(inputs.numpy(), weights.numpy(), outputs.numpy(), begin, end)
+    for_python(add_product)(inputs.numpy(), weights.numpy(), outputs.numpy(), begin, end)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-12)
