@@ -38,6 +38,8 @@ from torch.utils._pytree import tree_leaves
 from sparsemem import DNC, NTM, SAM, SDNC
 from sparsemem.bench.fits import log_slope
 from sparsemem.bench.measuring import tensor_peak
+from sparsemem.kernels import can_find
+from sparsemem.kernels.trees import tree_kernels
 from sparsemem.memory.dense import DenseMemory
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.ntm import NTMCell, NTMState
@@ -282,6 +284,8 @@ def long() -> dict[str, Any]:
     """Time a step along one sequence (batch 1), and what the last steps spend it on."""
     model, state, times = sparse(SAM, 2**30), None, []
     pass_of(model, TRUNCATE, 1)
+    can_find(torch.float32)  # compiled, or loaded, before it is timed
+    tree_kernels()
 
     def chunk() -> None:
         nonlocal state

@@ -32,7 +32,7 @@ WATCH_ROWS, WATCH_SHARE = 512, 1 / 250
 WATCHED_AT_ONCE = 4  # of these
 TOLD_AT_ONCE = 8  # of those of which it was told what counts: a part of their results
 HARDER = 8  # times the effort that the watch compares with
-RESTING = 2  # in the background, a check rests for so many times as long as it took
+RESTING = 9  # in the background, a check rests for so many times as long as it took
 # Before what failed is tried again: seconds in the background; else, so that the same calls do
 # the same every time, rows changed and queries searched.
 PATIENCE, PATIENT_CALLS = 60.0, 4_096
