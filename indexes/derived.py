@@ -31,7 +31,7 @@ from sparsemem.indexes.lists import Lists
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
-SPARE = 8  # candidates beyond k: FAISS's float32 scores differ from the rows' own by rounding
+SPARE = 4  # candidates beyond k: FAISS's float32 scores differ from the rows' own by rounding
 DEEPER = 8  # how many times more candidates are asked for when too many were stale
 MOST_CANDIDATES = 2_048  # where even these are too few, a scan says what is true
 QUANTISED = 4  # times k candidates where the index scores something coarser than the rows
@@ -304,7 +304,7 @@ class Derived(Derivation):
         """
         effort, oversample = setting or self.setting
         vectors = to_faiss(queries, self.metric)
-        width = wanted = min(k * oversample + SPARE, self.entries)
+        width = wanted = min((k + SPARE) * oversample, self.entries)
         ids, exhausted = self._proposals(vectors, wanted, effort)
         short = ((ids >= 0).sum(1) < k) & ~exhausted
         while short.any() and wanted < min(self.entries, MOST_CANDIDATES):

@@ -233,7 +233,7 @@ class DeviceDerived(Derivation):
         """
         effort, oversample = setting or self.setting
         live, least = self.table.num_live, min(k, self.table.num_live)
-        wanted = (k * oversample + SPARE) * max(self.entries, live) // max(live, 1)
+        wanted = (k + SPARE) * oversample * max(self.entries, live) // max(live, 1)
         wanted = min(wanted, self.entries, MOST)
         scores, labels = self.engine.search(comparable(queries, self.metric), wanted, effort)
         ids = self.row_of[labels.clamp(min=0)]
