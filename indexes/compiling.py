@@ -20,13 +20,15 @@ SILENT_SECONDS = 3.0  # loading from the cache takes one, two on a busy machine;
 
 
 @contextmanager
-def falling_back(what: str) -> Iterator[None]:
+def falling_back(
+    what: str, instead: str = "run in plain torch, several times slower"
+) -> Iterator[None]:
     """Go on after the block, with a warning, whatever Numba or LLVM stumbles over."""
     try:
         yield
     except Exception as error:
         warnings.warn(
-            f"{what} run in plain torch, several times slower: {type(error).__name__} while"
+            f"{what} {instead}: {type(error).__name__} while"
             f" compiling their kernels with Numba: {error}",
             RuntimeWarning,
             stacklevel=4,

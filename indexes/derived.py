@@ -31,7 +31,7 @@ from sparsemem.indexes.lists import Lists
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
-SPARE = 4  # candidates beyond k: FAISS's float32 scores differ from the rows' own by rounding
+SPARE = 4  # candidates beyond k: FAISS's scores differ from the rows' own by rounding
 DEEPER = 8  # how many times more candidates are asked for when too many were stale
 MOST_CANDIDATES = 2_048  # where even these are too few, a scan says what is true
 QUANTISED = 4  # times k candidates where the index scores something coarser than the rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.derived import Abandoned, Derivation, Setting
 from sparsemem.indexes.recall import Sampled, Watch, harder, recall, sampled_rows, tune
-from sparsemem.indexes.worker import Worker, stand_back
+from sparsemem.indexes.worker import Rest, Worker, stand_back, tell
 
 if TYPE_CHECKING:
     from sparsemem.indexes.fresh import FreshIndex
@@ -32,7 +31,8 @@ WATCH_ROWS, WATCH_SHARE = 512, 1 / 250
 WATCHED_AT_ONCE = 4  # of these
 TOLD_AT_ONCE = 8  # of those of which it was told what counts: a part of their results
 HARDER = 8  # times the effort that the watch compares with
-RESTING = 9  # in the background, a check rests for so many times as long as it took
+# In the background a check rests so many times as long as it took; if queries alone call for one.
+RESTING, CALM = 2, 9
 # Before what failed is tried again: seconds in the background; else, so that the same calls do
 # the same every time, rows changed and queries searched.
 PATIENCE, PATIENT_CALLS = 60.0, 4_096
@@ -68,7 +68,7 @@ class Upkeep:
         self._settled_live = True  # False: tuned on rows, before there were queries
         self._watch, self._watches, self._watched_at = Watch(), 0, 0
         self._unwatched = 0  # queries since
-        self._rest_until = 0.0
+        self._rest = Rest()  # of checks
         self._failed_at, self._failed_after = -PATIENCE, -PATIENT_CALLS
         self._building = threading.Lock()
         self._builder: threading.Thread | None = None
@@ -132,9 +132,8 @@ class Upkeep:
             assert self._worker is not None
             self._builder = self._worker.start(self._build_aside)
         if self._check_now():
-            started = time.monotonic()
-            self._guarded("check", self._check_if_due)
-            self._rest_until = time.monotonic() + RESTING * (time.monotonic() - started)
+            with self._rest.after():
+                self._guarded("check", self._check_if_due)
 
     def rebuild(self) -> None:
         """Build anew now, in the calling thread."""
@@ -229,14 +228,21 @@ class Upkeep:
     def _check_due(self) -> bool:
         if self.exact_only:
             return False
-        rows = max(CHECK_ROWS, self.index.table.num_live // 100)
         queries = self.index.sample.seen - self._checked_queries
-        if not self._settled_live or self.index.sample.k > self._tuned_k:
-            return self._changes >= rows or (queries > 0 and self.index.sample.is_enough)
-        return self._changes >= rows or queries >= CHECK_QUERIES
+        enough = queries > 0 and self.index.sample.is_enough
+        called_for = enough if self._is_new() else queries >= CHECK_QUERIES
+        return self._changed_much() or called_for
+
+    def _changed_much(self) -> bool:
+        return self._changes >= max(CHECK_ROWS, self.index.table.num_live // 100)
+
+    def _is_new(self) -> bool:  # not tuned yet for queries such as there are now
+        return not self._settled_live or self.index.sample.k > self._tuned_k
 
     def _check_now(self) -> bool:
-        return self._check_due() and (self._worker is None or time.monotonic() >= self._rest_until)
+        is_calm = not self._changed_much() and not self._is_new()
+        rested = self._worker is None or self._rest.is_over(CALM if is_calm else RESTING)
+        return rested and self._check_due()
 
     def _check_if_due(self) -> None:
         """Measure the recall on live queries; look harder where it comes near the floor."""
@@ -247,7 +253,7 @@ class Upkeep:
         self._imbalance = derived.imbalance()
         if not len(sample.queries):
             return
-        new = not self._settled_live or index.sample.k > self._tuned_k
+        new = self._is_new()
         self._tuned_k = index.sample.k
         truth, setting = self._truth(sample), derived.setting
         reached = self._measured(derived, setting, sample, truth)
@@ -351,6 +357,7 @@ class Upkeep:
                     index.current, self._built_rows = index.next, built_rows
             finally:
                 index.next = None
+            self._rest.cut_short()  # new lists have to show soon what they are worth
             self._built_at, self._built_imbalance = time.monotonic(), derived.imbalance()
             self._imbalance, self._built_effort = self._built_imbalance, derived.setting.effort
             self.rebuilds += 1
@@ -390,9 +397,3 @@ class Upkeep:
                 tell(f"upkeep of index {self.index.name!r}: {error!r}")
         else:
             self._errors.pop(name, None)
-
-
-def tell(message: str) -> None:
-    """Warn; where warnings are errors, upkeep goes on all the same (`stats` has it too)."""
-    with contextlib.suppress(UserWarning):
-        warnings.warn(message, stacklevel=3)

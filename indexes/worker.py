@@ -7,8 +7,10 @@ import contextlib
 import os
 import sys
 import threading
+import time
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 NICE = 5  # the searches go before the upkeep, where the system lets a thread stand back
@@ -63,6 +65,35 @@ _running: weakref.WeakKeyDictionary[threading.Thread, Worker] = weakref.WeakKeyD
 def _stop_all() -> None:
     for worker in set(_running.values()):
         worker.stop()
+
+
+class Rest:
+    """Of work in the background, for so many times as long as it took."""
+
+    def __init__(self) -> None:
+        self._ended = self._took = self._cut = 0.0
+
+    @contextlib.contextmanager
+    def after(self) -> Iterator[None]:
+        """The work is done inside."""
+        started = time.monotonic()
+        yield
+        self._ended = time.monotonic()
+        self._took = 0.0 if self._cut >= started else self._ended - started
+
+    def is_over(self, times: int) -> bool:
+        """Whether so many times as long as the work took went by since."""
+        return time.monotonic() >= self._ended + times * self._took
+
+    def cut_short(self) -> None:
+        """It is over; after work that is being done there will be none."""
+        self._cut, self._took = time.monotonic(), 0.0
+
+
+def tell(message: str) -> None:
+    """Warn; where warnings are errors, upkeep goes on all the same (`stats` has it too)."""
+    with contextlib.suppress(UserWarning):
+        warnings.warn(message, stacklevel=3)
 
 
 def stand_back(nice: int) -> None:

@@ -55,7 +55,8 @@ def load(dtype: torch.dtype, links: bool) -> Kernels | None:
 @cache
 def can_find(dtype: torch.dtype) -> bool:
     """Compile `Kernels.unroll` for long episodes too, with their trees; False where that fails."""
-    with compiling_said(f"long episodes for {dtype}"), falling_back("long episodes"):
+    what, instead = f"sequences of long episodes for {dtype}", "are taken step by step, slower"
+    with compiling_said(what), falling_back("sequences of long episodes", instead):
         from sparsemem.kernels.unroll import WITH_TREES
 
         compile_all(WITH_TREES, dtype)

@@ -1,8 +1,8 @@
 """How kernels are compiled: one way for all. Importing this imports Numba.
 
 Numba keeps what it compiled on disk and makes it anew when the file of the function that was
-asked for changes. Compiled functions that call each other therefore share a file, but for those
-of this one.
+asked for changes. These functions call those of other files: what is kept of them is that of the
+contents of all.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -28,6 +31,9 @@ OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract"},
 }
 
+FILES = sorted(Path(__file__).parent.glob("*.py"))
+SOURCES = sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
+
 LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on
 
 
@@ -36,9 +42,12 @@ def kernel(function: Callable[..., Any], **options: Any) -> Any:
     function = inspect.unwrap(function)  # without a type checker's wrapper
     options = {**OPTIONS, **options}
     try:
-        return numba.njit(function, cache=True, **options)
+        compiled: Any = numba.njit(function, cache=True, **options)
     except (RuntimeError, NumbaError):  # there is no folder that a cache could be written to
         return numba.njit(function, **options)
+    with suppress(AttributeError):  # it is not for others to set: by itself it knows one file
+        compiled._cache._cache_file._source_stamp = SOURCES
+    return compiled
 
 
 def part(function: Callable[..., Any], **options: Any) -> Any:

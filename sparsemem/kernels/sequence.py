@@ -105,6 +105,7 @@ def sequence_kernels(store: EpisodeStore, last: Entries, top_k: int) -> Kernels 
         last.ids.shape[2] != top_k  # the first step, which has no last reads
         or store.order.kept.shape[1] != last.ids.shape[1]
         or not can_step(store, last.weights, last)
+        or is_barred(store, last.ids.shape[1] + top_k)
     ):
         return None
     return kernels_for(store.rows.dtype, links=False)
@@ -191,7 +192,7 @@ def advance(
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
     sizes, taken, lap_begun = sequence.sizes, 0, False
     while taken < sizes.steps:
-        if is_long(store, sizes, taken) and not can_find(store.rows.dtype):
+        if is_barred(store, sizes.growth):
             break
         reserve(store, sizes)
         now = run(kernels, store, sequence, weights, taken)
@@ -204,18 +205,22 @@ def advance(
     return taken
 
 
-def is_long(store: EpisodeStore, sizes: Sizes, taken: int) -> bool:
-    """Whether rows may have to be found by trees in the steps that are left."""
-    stop = store.extent + (sizes.steps - taken) * sizes.growth
+def is_long(store: EpisodeStore, growth: int) -> bool:
+    """Whether rows have to be found by trees once as many more are touched."""
+    stop = min(store.extent + growth, store.num_slots)
     return store.trees is not None and stop >= store.trees.minimum
+
+
+def is_barred(store: EpisodeStore, growth: int) -> bool:
+    """Whether a step is long for which there is no code."""
+    return is_long(store, growth) and not can_find(store.rows.dtype)
 
 
 def reserve(store: EpisodeStore, sizes: Sizes) -> None:
     """Make room for a step, in the table and in the trees of rows."""
-    extent = store.extent + sizes.growth
+    extent, trees = store.extent + sizes.growth, store.trees
     store.reserve(extent)
-    trees = store.trees
-    if trees is not None and extent >= trees.minimum:
+    if trees is not None and is_long(store, sizes.growth):
         entering = extent - int(trees.entered.min())
         trees.reserve(store.rows.shape[1], entering, sizes.heads * (sizes.top_k + 1))
 
@@ -228,13 +233,17 @@ def rows_allowed(store: EpisodeStore) -> int:
 
 def searching(
     store: EpisodeStore, sizes: Sizes, taken: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """From where on rows are found by trees, how, and the trees' sizes; their addresses, if any."""
-    if store.trees is None or not is_long(store, sizes, taken):
-        return (EVERYTHING, *[0] * 6), ()
-    trees = store.trees
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Up to how many touched rows the kernel goes on; from where on it finds rows by trees, how,
+    and the trees' sizes; their addresses, if any.
+    """
+    allowed, trees, scanning = rows_allowed(store), store.trees, (EVERYTHING, *[0] * 6)
+    if trees is None or not is_long(store, (sizes.steps - taken) * sizes.growth):
+        return allowed, scanning, ()
+    if not can_find(store.rows.dtype):
+        return min(allowed, trees.minimum - 1), scanning, ()
     _, _, _, *nodes = trees.tables.sizes
-    return (trees.minimum, *trees.effort(sizes.top_k), *nodes), trees.tables.places
+    return allowed, (trees.minimum, *trees.effort(sizes.top_k), *nodes), trees.tables.places
 
 
 def run(
@@ -248,9 +257,9 @@ def run(
     order, sizes, capacity = store.order, sequence.sizes, store.rows.shape[1]
     touched, pointer, kept = (part.clone() for part in (store.touched, order.pointer, order.kept))
     bits = GRID_BITS[store.rows.dtype]
-    limits = (capacity, store.num_slots, bits, order.time - first, rows_allowed(store), first)
+    allowed, found, tables = searching(store, sizes, first)
+    limits = (capacity, store.num_slots, bits, order.time - first, allowed, first)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
-    found, tables = searching(store, sizes, first)
     places = addresses(*state, pointer, kept, *weights, *sequence.records)
     now = kernels.unroll(kernels.like, (*sizes, *limits, *found), places, tables)
     store.version += now > first

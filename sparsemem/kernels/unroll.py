@@ -34,13 +34,14 @@ def unroll(like, sizes, addresses, tables):
 
     It stops before a step that might touch rows beyond `allowed`, or for which a lap holds too few
     slots or a tree too few nodes, or whose last reads are out of place. Elements that have touched
-    `minimum` rows find them by their trees; where `tables`, their
-    addresses, are (), all rows are scanned, and Numba leaves out what is behind `len(tables)`.
+    `minimum` rows find them by their trees; where `tables`, the addresses of these, are (), all
+    rows are scanned, and Numba leaves out what is behind `len(tables) > 0`.
     """
     steps, batch, heads, width, inputs, k, hidden = sizes[:7]
     capacity, num_slots, grid_bits, time, allowed, first = sizes[7:13]
     minimum, proposed, groups, lists, node_size, node_lists, node_groups = sizes[13:]
     whole, features, scale = np.empty(0, np.int64), hidden + heads * width, 2.0**grid_bits
+    none = np.int64(0)  # not a literal, which Numba would compile `add_product` for anew
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
     touched = array_at(addresses[2], whole, (batch,))
@@ -85,13 +86,13 @@ def unroll(like, sizes, addresses, tables):
                 entering = touched[b] + heads + k - trees.entered[b, 0]
                 if not has_room(tree_of(trees, b), entering, write_ids[t, b].size):
                     return t
-        add_product(carried[t], recurrent, gates[t], 0, batch)
+        add_product(carried[t], recurrent, gates[t], none, batch)
         for b in range(batch):
             assign(kept[b], fresh[b])
             start[b] = next_start[b]
             lstm(gates[t, b], cells[t, b], cells[t + 1, b], carried[t + 1, b])
             assign(flat[t, b], bias)
-        add_product(carried[t + 1], interface, flat[t], 0, batch)
+        add_product(carried[t + 1], interface, flat[t], none, batch)
         for b in range(batch):
             stop = write(
                 rows[b], norms[b], values[t, b], width, ids[t, b], weights[t, b], fresh[b],
@@ -174,6 +175,6 @@ def unroll_backward(like, sizes, addresses):
         add_product(to_gates[t], recurrent, to_carried[t], begin, end)
 
 
-# Sizes and addresses. With trees it takes as long again to compile.
+# Sizes and addresses, and those of `trees_at`, which take as long again to compile.
 ENTRIES: dict[Any, tuple[int, ...]] = {unroll: (20, 20, 0), unroll_backward: (10, 15)}
 WITH_TREES = {unroll: (20, 20, 16)}

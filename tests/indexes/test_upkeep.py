@@ -283,6 +283,21 @@ def test_the_background_absorbs():
     index.close()
 
 
+def test_checks_that_only_queries_call_for_are_rarer():
+    index = make(background=True, min_recall=0.95)
+    wait_for(lambda: index.current is not None)
+    upkeep = index.upkeep
+    index.search(clustered(200, seed=1), K)
+    wait_for(lambda: not upkeep._is_new())
+    index.sample.seen += 10**6
+    assert upkeep._check_due()
+    upkeep._rest._took, upkeep._rest._ended = 1.0, time.monotonic() - 5
+    assert not upkeep._check_now()
+    upkeep._changes = 10**6
+    assert upkeep._check_now()
+    index.close()
+
+
 def test_an_index_that_is_dropped_goes_with_its_thread():
     index = make(background=True)
     wait_for(lambda: index.current is not None)

@@ -5,10 +5,12 @@ import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
-from sparsemem.indexes.worker import Worker, stand_back
+from sparsemem.indexes import worker
+from sparsemem.indexes.worker import Rest, Worker, stand_back
 
 
 class Counter:
@@ -42,6 +44,25 @@ def test_stop_waits_for_what_it_started():
     worker.start(work)
     worker.stop()
     assert ended == [True]
+
+
+def test_a_rest_is_so_many_times_as_long_as_the_work(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
+    rest = Rest()
+    assert rest.is_over(9)
+    with rest.after():
+        now += 3
+    now += 6
+    assert rest.is_over(2)
+    assert not rest.is_over(9)
+    rest.cut_short()
+    assert rest.is_over(9)
+    with rest.after():
+        now += 1
+        rest.cut_short()
+        now += 2
+    assert rest.is_over(9)
 
 
 def test_does_not_keep_its_object_alive():

@@ -95,6 +95,37 @@ def test_a_failing_compilation_warns_once_and_gives_the_same(fresh, monkeypatch)
         small()(input, state)
 
 
+def test_long_episodes_that_do_not_compile_warn_once_and_are_taken_step_by_step(monkeypatch):
+    def fail(entries, dtype):
+        raise OSError("no LLVM here")
+
+    monkeypatch.setattr(kernels, "compile_all", fail)
+    kernels.can_find.cache_clear()
+    with pytest.warns(RuntimeWarning, match="are taken step by step.*no LLVM here") as caught:
+        found = [kernels.can_find(torch.float32) for _ in range(2)]
+    kernels.can_find.cache_clear()
+    assert found == [False, False]
+    assert len(caught) == 1
+
+
+def test_what_is_kept_is_that_of_all_sources(monkeypatch, tmp_path):
+    numba = pytest.importorskip("numba")
+    from sparsemem.kernels import compiled
+
+    def add(number):
+        return number + 1
+
+    def kept():
+        function = compiled.kernel(add)
+        assert function(1.5) == 2.5
+        return sum(function.stats.cache_hits.values())
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert [kept(), kept()] == [0, 1]
+    monkeypatch.setattr(compiled, "SOURCES", "others")
+    assert [kept(), kept()] == [0, 1]
+
+
 @pytest.mark.slow
 def test_compiling_is_said_once_and_kept(repository, tmp_path):
     """A new cache folder stands for a new machine; numbers are what the kept code gives too."""

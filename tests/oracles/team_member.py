@@ -70,7 +70,7 @@ def member(rank, size, folder):
     join(rank, size, "127.0.0.1", agree(folder, rank))
     values = train_twice(rank, size, folder)
     leave()
-    values["models"] = sum(isinstance(kept, DistributedDataParallel) for kept in gc.get_objects())
+    values["models"] = sum(type(kept) is DistributedDataParallel for kept in gc.get_objects())
     (folder / f"member-{rank}.json").write_text(json.dumps(values))
 
 
