@@ -31,7 +31,7 @@ WATCH_ROWS, WATCH_SHARE = 512, 1 / 250
 WATCHED_AT_ONCE = 4  # of these
 TOLD_AT_ONCE = 8  # of those of which it was told what counts: a part of their results
 HARDER = 8  # times the effort that the watch compares with
-# In the background a check rests so many times as long as it took; if queries alone call for one.
+# So many times as long as a check took it rests in the background; where only queries call for it.
 RESTING, CALM = 2, 9
 # Before what failed is tried again: seconds in the background; else, so that the same calls do
 # the same every time, rows changed and queries searched.

@@ -21,7 +21,9 @@ from numba import types
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
+from sparsemem.indexes import metrics
 from sparsemem.indexes.metrics import COSINE_EPSILON
+from sparsemem.memory import usage
 
 # A sum may be added up in any order, and a product added without rounding it first: so loops run
 # on vectors. Not-a-numbers and infinities are left as they are.
@@ -31,7 +33,9 @@ OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract"},
 }
 
-FILES = sorted(Path(__file__).parent.glob("*.py"))
+# What is compiled holds constants of other modules, too.
+MODULES = [Path(inspect.getfile(module)) for module in (metrics, usage)]
+FILES = [*sorted(Path(__file__).parent.glob("*.py")), *MODULES]
 SOURCES = sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
 
 LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on

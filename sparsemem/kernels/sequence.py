@@ -105,10 +105,12 @@ def sequence_kernels(store: EpisodeStore, last: Entries, top_k: int) -> Kernels 
         last.ids.shape[2] != top_k  # the first step, which has no last reads
         or store.order.kept.shape[1] != last.ids.shape[1]
         or not can_step(store, last.weights, last)
-        or is_barred(store, last.ids.shape[1] + top_k)
     ):
         return None
-    return kernels_for(store.rows.dtype, links=False)
+    kernels = kernels_for(store.rows.dtype, links=False)
+    if kernels is None or is_barred(store, last.ids.shape[1] + top_k):
+        return None
+    return kernels
 
 
 @torch.no_grad()

@@ -185,6 +185,17 @@ def test_it_stops_before_trees_that_it_has_no_code_for(form, taken, monkeypatch)
     assert last.episode._store.trees.entered.min() >= 40
 
 
+def test_where_the_reference_is_asked_for_nothing_is_compiled(monkeypatch):
+    def fail(dtype):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(sequence, "can_find", fail)
+    monkeypatch.setenv("SPARSEMEM_KERNELS", "reference")
+    model = small(num_slots=1000, index_after=40)
+    _, state = model(torch.randn(2, 60, 3, dtype=F64))
+    model(torch.randn(2, 2, 3, dtype=F64), state)
+
+
 def along(model, chunks):
     """Outputs and states, chunk by chunk."""
     state = None
