@@ -8,27 +8,28 @@
 So products need not be accurate for the result to be exact: rough ones cost more tiles. Beyond
 ROUGH_ROWS rows products are rough. A query for which ROUGH_TILES tiles beyond k do not suffice is
 searched again with fine products, by two launches that end at once where there are none such. Only
-where FINE_TILES tiles beyond k hold rows whose bounds reach the k-th best, rows as good as the
-k best within the error of a fine product may be returned for them. Rows that are equal have equal
-bounds, so even then ties go to the lowest ids.
+where FINE_TILES / SEVERAL tiles beyond k hold rows whose bounds reach the k-th best, rows as good
+as the k best within the error of a fine product may be returned for them. Rows that are equal have
+equal bounds, so even then ties go to the lowest ids.
 
-What must move through the GPU's memory is N W itemsize + N bytes (rows and marks), and beside
-4 Q N / ROWS bytes (the bounds, written; little of them is read). So the limit of a search of 10^6
-rows of 64 float32 numbers is 86 us at 3 TB/s, and 4.3 ms for 10^8 in bfloat16. A rough pass needs
-2 Q N W operations beside, in bfloat16: 82 10^9 for 10^7 rows of 64 and 64 queries, or 0.2 ms at
-400 TFLOP/s; the rows take 0.6 ms in float32, and 0.3 ms in bfloat16, at 4.2 TB/s.
+What must move through the GPU's memory is N W itemsize + N bytes (rows and marks), and beside 4 Q N
+/ ROWS bytes (the bounds, written; little of them is read). So the limit of a search of 10^6 rows of
+64 float32 numbers is 86 us at 3 TB/s, and 4.3 ms for 10^8 in bfloat16. A rough pass needs 2 Q N W
+operations, in tf32 or bfloat16: 82 10^9 for 10^7 rows of 64 and 64 queries, or 0.2 ms at 400
+TFLOP/s; the rows take 0.6 ms in float32, and 0.3 ms in bfloat16, at 4.2 TB/s.
 
 *Errors*, as shares of |q||m|. A rough product rounds queries to bfloat16, 2^-8, or float16, 2^-11
-(scaled by a power of two; its smallest steps add 2^-25 of the largest number); float32 rows are
-rounded too, which is 2^-7. A fine one takes float32 in two parts: the 11 leading bits, which tensor
-cores take exactly (tf32), and a rest that loses what is under 2^-21; of the four products of parts
-the one of both rests, under 2^-20, is left out. Or queries in three parts of 8 bits or two of 11,
-for rows that are exact factors. Sums, in float32 here and in step 2, err by (W + 16) 2^-21 at most,
-with all that follows them. For cosine the share is the error; for ip the length of each row
-counts. For l2, |m|^2 - 2 q.m would cancel far from the origin, so rows and queries are moved by a
-number in the middle of the queries; there |q||m| <= (|q|^2 + |m|^2) / 2. How many rows have a
-score within the error: of 10^7 random ones of 64 numbers, about 6 beyond the 8 best lie within
-2^-7 by cosine, since their number grows by exp(69 x) over a distance of x there.
+(scaled by a power of two; its smallest steps add 2^-25 of the largest number), where rows are exact
+factors. Of float32 rows and their queries it takes the 11 leading bits, as tensor cores do (tf32):
+2^-10 of each. A fine one takes float32 in two parts: those bits, exactly, and a rest that loses
+what is under 2^-21; of the four products of parts the one of both rests, under 2^-20, is left out.
+Or queries in three parts of 8 bits or two of 11, for rows that are exact factors. Sums, in float32
+here and in step 2, err by (W + 16) 2^-21 at most, with all that follows them. For cosine the share
+is the error; for ip the length of each row counts. For l2, |m|^2 - 2 q.m would cancel far from the
+origin, so rows and queries are moved by a number in the middle of the queries; there |q||m| <=
+(|q|^2 + |m|^2) / 2. How many rows have a score within the error: of 10^7 random ones of 64 numbers,
+about 6 beyond the 8 best lie within 2^-7 by cosine, and one within 2^-9, since their number grows
+by exp(69 x) over a distance of x.
 
 A row whose score is not a number ranks last, and a search waits for nothing on the host.
 """
@@ -47,14 +48,16 @@ from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
 ROUGH_ROWS = 2**19  # beyond which a rough pass, and one for what it leaves unsure, are faster
-ROUGH_TILES, FINE_TILES = 64, 1024  # beyond k that are scored, in a rough pass and else
-ROUGH = {"float32": 2.0**-7 + 2.0**-16, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 2.0**-20}
+ROUGH_TILES, FINE_TILES = 64, 4096  # beyond k that are scored, in a rough pass and else
+ROUGH = {"float32": 2.0**-9 + 2.0**-20, "bfloat16": 2.0**-8, "float16": 2.0**-11 + 2.0**-20}
+FLOAT32_ROUGH = ("rough float32", "rough centered")  # products of rows and queries in tf32
 FINE = 2.0**-19  # what splitting leaves out of a product |q||m|, and roughly
 MOST_QUERIES = 128  # that one pass over the rows serves
 MOST_K = 128
 MOST_WIDTH = 512
 MOST_ROWS = 2**31 - 2**20  # row numbers, and those a program looks ahead to, are 32 bits wide
 MOST_MEMBERS = 1024  # of a list that are looked through at once
+SEVERAL = 4  # tiles whose rows are scored at once
 AHEAD = 32  # tiles whose best are looked through at once
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -80,9 +83,21 @@ def shape_of(width: int, product: str, queries: int) -> Shape:
     if product == "float32":
         part = columns if columns <= 64 else 32
         return Shape(64, part, 4, 3, 3 if few else 2, 168 if few and part == columns else None)
-    if product == "rough float32" and not few:
-        return Shape(64, min(columns, 64), 4, 3, 2)
+    if product in FLOAT32_ROUGH:
+        part = columns if columns <= 64 else 32
+        tall = few or is_turned(product, width, queries)
+        return Shape(128 if tall else 64, part, 4, 3, 2)
     return Shape(128, min(columns, 64), 4, 3, 3 if few else 2)
+
+
+def is_turned(product: str, width: int, queries: int) -> bool:
+    """Whether rows are the second factor of products, and the padded queries the first.
+
+    The second one is taken from shared memory: float32 rows lie there, unless they are centered or
+    come in parts; half numbers go there cheaply. Tensor cores take 64 rows of the first.
+    """
+    as_they_lie = product == "rough float32" and width <= 64
+    return queries >= 64 and (as_they_lie or product not in ("float32", *FLOAT32_ROUGH))
 
 
 def power_of_two(number: int) -> int:
@@ -167,7 +182,10 @@ def pass_of(table: RowTable, metric: Metric, *, rough: bool) -> Pass:
     # Half numbers less the middle of the queries have more bits than half numbers hold.
     name = DTYPES[torch.float32 if metric is Metric.l2 else table.rows.dtype]
     split = ROUGH[name] if rough else FINE
-    product = ("rough float32" if name == "float32" else "rough") if rough else name
+    product = name
+    if rough:
+        wide = "rough centered" if metric is Metric.l2 else "rough float32"
+        product = wide if name == "float32" else "rough"
     share = 0.5 if metric is Metric.l2 else 1.0
     error = share * split + (table.width + 16) * 2.0**-21
     return Pass(product, error, ROUGH_TILES if rough else FINE_TILES)
@@ -202,7 +220,7 @@ def scan_tiles(work: Work, kind: Pass, shape: Shape) -> tuple[Tensor, Tensor]:
         PART=shape.part, PARTS=-(-table.width // shape.part),
         ROWS=shape.rows, QUERIES=padded, STAGES=shape.stages, AHEAD=AHEAD,
         METRIC=str(work.metric), PRODUCT=kind.product,
-        TURNED="float32" not in kind.product and padded >= 64,
+        TURNED=is_turned(kind.product, table.width, padded),
         ERROR=kind.error,
         num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
@@ -225,8 +243,8 @@ def find_rows(
         PART=shape.part, PARTS=-(-table.width // shape.part), ROWS=shape.rows, QUERIES=padded,
         LISTS=power_of_two(shape.programs * multiprocessors(best.device)),
         MEMBERS=min(max(64, power_of_two(members)), MOST_MEMBERS), KEPT=max(16, power_of_two(k)),
-        METRIC=str(work.metric), SIGN=work.metric.sign,
-        ERROR=kind.error,
+        SEVERAL=SEVERAL, METRIC=str(work.metric), SIGN=work.metric.sign,
+        ERROR=kind.error, num_warps=8,
     )  # fmt: skip
 
 

@@ -68,9 +68,10 @@ def halves(values):
 def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
     """rows [ROWS, w] . queries [w, Q], summed in float32: `device_scan` has the errors.
 
-    Rough ones round both to 16 bits, or the queries alone where rows (`wide` in float32) have no
-    more. Fine ones split float32 rows in two, as their queries; queries of other rows in two or
-    three. Turned, the queries are what stays in registers: cheaper for many of them.
+    Rough ones take the 11 leading bits of both, or round queries to 16 bits where rows have no
+    more (`wide` is rows in float32). Fine ones split float32 rows in two, as their queries; queries
+    of other rows in two or three. Turned, rows are taken as they lie in shared memory, and maxima
+    over rows are those over what a thread holds: cheaper for many queries.
     """
     if PRODUCT == "float32":
         high, low = halves(wide)
@@ -78,8 +79,12 @@ def product(rows, wide, queries, PRODUCT: tl.constexpr, TURNED: tl.constexpr):
         sums = tl.dot(high, query_low, input_precision="tf32")
         sums = tl.dot(low, query_high, sums, input_precision="tf32")
         sums = tl.dot(high, query_high, sums, input_precision="tf32")
-    elif PRODUCT == "rough float32":
-        sums = tl.dot(wide.to(tl.bfloat16), queries.to(tl.bfloat16))
+    elif PRODUCT == "rough float32" or PRODUCT == "rough centered":
+        if TURNED:
+            sums = tl.dot(tl.trans(queries), tl.trans(wide), input_precision="tf32")
+            sums = tl.trans(sums)
+        else:
+            sums = tl.dot(wide, queries, input_precision="tf32")
     else:
         if TURNED:
             queries = tl.trans(queries)
@@ -154,7 +159,8 @@ def scan_tiles(
     r = tl.arange(0, ROWS)
     w = tl.arange(0, PART)
     q = tl.arange(0, QUERIES)
-    tiles = tiles * tl.max(tl.load(unsure + q, mask=q < count, other=0), 0)  # or none at all
+    if tl.max(tl.load(unsure + q, mask=q < count, other=0), 0) == 0:
+        return
     largest = tl.zeros([QUERIES], tl.float32)
     for begin in tl.static_range(0, PARTS * PART, PART):
         values = queries_at(queries, center, begin, count, WIDTH, PART, QUERIES, CENTERED)
@@ -214,20 +220,20 @@ def scan_tiles(
 
 
 @kernel
-def keys_in_tile(
-    rows, live, query, length, tile, extent,
+def keys_in_tiles(
+    rows, live, query, length, tiles, extent,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, METRIC: tl.constexpr,
+    ROWS: tl.constexpr, SEVERAL: tl.constexpr, METRIC: tl.constexpr,
 ):  # fmt: skip
-    """The key of each row of a tile, as `Metric.scores` has it.
+    """The key of each row of SEVERAL tiles, as `Metric.scores` has it; a tile of -1 has none.
 
     Row by row, so that equal rows have equal scores wherever they stand.
     """
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row = tl.reshape(tiles[:, None] * ROWS + tl.arange(0, ROWS)[None, :], [SEVERAL * ROWS])
     inside = (row >= 0) & (row < extent)
     there = tl.load(live + row, mask=inside, other=0) != 0
-    dots = tl.zeros([ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    dots = tl.zeros([SEVERAL * ROWS], tl.float32)
+    squares = tl.zeros([SEVERAL * ROWS], tl.float32)
     for start in tl.static_range(0, PARTS * PART, PART):
         w = start + tl.arange(0, PART)
         present = inside[:, None] & (w < WIDTH)[None, :]
@@ -251,20 +257,20 @@ def keys_in_tile(
 
 
 @kernel
-def keys_in_list(
-    best, query, source, start, tiles, programs, QUERIES: tl.constexpr, MEMBERS: tl.constexpr
+def next_in_lists(
+    best, query, keys, tiles, programs, members, QUERIES: tl.constexpr, MEMBERS: tl.constexpr
 ):
-    """The keys of the tiles that program `source` has scanned, from the start-th on."""
-    number = source + (start + tl.arange(0, MEMBERS)) * programs
-    offsets = number.to(tl.int64) * QUERIES + query
-    worth = tl.load(best + offsets, mask=number < tiles, other=float("-inf"))
-    return keys_of(worth, number)
-
-
-@kernel
-def greatest_below(keys, key):
-    """The greatest of the keys below one; NOTHING if there is none."""
-    return tl.max(tl.where(keys < key, keys, NOTHING), 0)
+    """Of each list, which is what a program has scanned, the greatest key below one of its keys."""
+    following = tl.full(keys.shape, NOTHING, tl.int64)
+    source = numbers_of(keys) % programs
+    for start in range(0, members, MEMBERS):
+        number = source[:, None] + ((start + tl.arange(0, MEMBERS)) * programs)[None, :]
+        inside = (number >= 0) & (number < tiles)
+        worth = tl.load(best + number * QUERIES + query, mask=inside, other=float("-inf"))
+        others = keys_of(worth, number)
+        below = tl.where(others < keys[:, None], others, NOTHING)
+        following = tl.maximum(following, tl.max(below, 1))
+    return tl.where(keys == NOTHING, NOTHING, following)
 
 
 @kernel
@@ -284,23 +290,39 @@ def may_matter(key, least, inverse, length, METRIC: tl.constexpr, ERROR: tl.cons
     return ((key != NOTHING) & better).to(tl.int32)
 
 
+@kernel
+def taken_from(front, least, inverse, length, SEVERAL: tl.constexpr, METRIC: tl.constexpr,
+               ERROR: tl.constexpr):  # fmt: skip
+    """The greatest keys that may matter, NOTHING behind them; and the front without them."""
+    place = tl.arange(0, SEVERAL)
+    keys = tl.full([SEVERAL], NOTHING, tl.int64)
+    for number in tl.static_range(SEVERAL):
+        key = tl.max(front, 0)
+        key = tl.where(may_matter(key, least, inverse, length, METRIC, ERROR) != 0, key, NOTHING)
+        keys = tl.where(place == number, key, keys)
+        front = tl.where(front == key, NOTHING, front)
+    return keys, front
+
+
 @kernel(do_not_specialize=["extent", "tiles", "programs", "members", "k", "most"])
 def find_rows(
     rows, live, queries, center, unsure, best, heads, scores, ids,
     extent, tiles, programs, members, k, most,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, LISTS: tl.constexpr, MEMBERS: tl.constexpr,
-    KEPT: tl.constexpr, METRIC: tl.constexpr, SIGN: tl.constexpr, ERROR: tl.constexpr,
+    KEPT: tl.constexpr, SEVERAL: tl.constexpr, METRIC: tl.constexpr, SIGN: tl.constexpr,
+    ERROR: tl.constexpr,
 ):  # fmt: skip
     """Score tiles from the best on until no other may matter, at most `most`; keep k rows.
 
-    For queries that are unsure; those for which more tiles might matter are so afterwards.
+    For queries that are unsure; those for which more tiles might matter are so afterwards. SEVERAL
+    tiles at a time, the best of different lists: what they wait for comes from memory together.
     """
     query = tl.program_id(0)
+    if tl.load(unsure + query) == 0:
+        return
     g = tl.arange(0, LISTS)
     slot = tl.arange(0, KEPT)
-    asked = tl.load(unsure + query)
-    most = most * asked
     own = queries + query * WIDTH
     largest = tl.max(tl.zeros([PART], tl.float32), 0)
     length = tl.max(tl.zeros([PART], tl.float32), 0)
@@ -316,35 +338,31 @@ def find_rows(
     # Places that are empty hold keys that differ, so that a row takes one place.
     kept = tl.where(slot < k, NOTHING + slot.to(tl.int64), MOST)
     least = tl.min(kept, 0)
-    key = tl.max(front, 0)
     seen = most * 0
-    going = may_matter(key, least, inverse, length, METRIC, ERROR)
+    going = may_matter(tl.max(front, 0), least, inverse, length, METRIC, ERROR)
     while (going != 0) & (seen < most):
-        tile = numbers_of(key)
-        source = (tile % programs).to(tl.int32)
+        keys, front = taken_from(front, least, inverse, length, SEVERAL, METRIC, ERROR)
+        numbers = numbers_of(keys)
         # What is on its way from memory first, and then is needed last.
-        others = keys_in_list(best, query, source, 0, tiles, programs, QUERIES, MEMBERS)
-        found = keys_in_tile(
-            rows, live, own, length, tile, extent, STRIDE, WIDTH, PART, PARTS, ROWS, METRIC
-        )
+        following = next_in_lists(best, query, keys, tiles, programs, members, QUERIES, MEMBERS)
+        found = keys_in_tiles(
+            rows, live, own, length, numbers, extent,
+            STRIDE, WIDTH, PART, PARTS, ROWS, SEVERAL, METRIC,
+        )  # fmt: skip
         candidate = tl.max(found, 0)
         while candidate > least:
             kept = tl.where(kept == least, candidate, kept)
             least = tl.min(kept, 0)
             found = tl.where(found == candidate, NOTHING, found)
             candidate = tl.max(found, 0)
-        following = greatest_below(others, key)
-        for more in range(MEMBERS, members, MEMBERS):
-            others = keys_in_list(best, query, source, more, tiles, programs, QUERIES, MEMBERS)
-            following = tl.maximum(following, greatest_below(others, key))
-        front = tl.where(g == source, following, front)
-        key = tl.max(front, 0)
-        seen += 1
-        going = may_matter(key, least, inverse, length, METRIC, ERROR)
+        from_list = g[:, None] == (numbers % programs)[None, :]
+        front = tl.maximum(front, tl.max(tl.where(from_list, following[None, :], NOTHING), 1))
+        seen += SEVERAL
+        going = may_matter(tl.max(front, 0), least, inverse, length, METRIC, ERROR)
     kept = tl.where((slot < k) & (kept > ROWS_FROM), kept, NOTHING)
     for place in range(k):
         key = tl.max(kept, 0)
-        tl.store(ids + query * k + place, numbers_of(key), mask=asked != 0)
-        tl.store(scores + query * k + place, worth_of(key) * SIGN, mask=asked != 0)
+        tl.store(ids + query * k + place, numbers_of(key))
+        tl.store(scores + query * k + place, worth_of(key) * SIGN)
         kept = tl.where(kept == key, NOTHING, kept)
-    tl.store(unsure + query, going * asked)
+    tl.store(unsure + query, going)

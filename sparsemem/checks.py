@@ -30,7 +30,7 @@ def check_at_most(name: str, value: int, limit_name: str, limit: int) -> int:
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinite values, naming the first."""
     # The sum is finite unless an element is not (or it overflowed: then look closer).
-    if tensor.sum().isfinite():
+    if math.isfinite(tensor.sum().item()):
         return
     bad = (~tensor.isfinite()).nonzero()
     if len(bad):

@@ -74,14 +74,14 @@ class RowBook(nn.Module):
         with self._lock:
             return int(self.clock.add_(1))
 
-    def accessed(self, ids: Int[Tensor, " n"]) -> None:
+    def accessed(self, ids: Int[Tensor, " n"], all_found: bool = False) -> None:
         """Mark accesses, at the present time. Repeated ids count as often.
 
-        On a device an id of -1 is no row.
+        On a device an id of -1 is no row, which `all_found` says is nowhere.
         """
         with self._lock:
-            if is_device(ids):  # what is no row is a look at row 0 that leaves it as it is
-                found = ids >= 0
+            if is_device(ids) and not all_found:
+                found = ids >= 0  # what is no row is a look at row 0 that leaves it as it is
                 ids, count = ids.clamp(min=0), found.to(self.accesses.dtype)
                 self.last_access.scatter_reduce_(0, ids, count * self.now, "amax")
             else:

@@ -22,6 +22,7 @@ from sparsemem.bank.gradients import remember, sparse_gradient
 from sparsemem.devices import is_device
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.triton_switch import use_triton
 from sparsemem.kernels import row_kernels_for
 from sparsemem.kernels.score_gradients import score_gradients
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FILLED_AT_ONCE = 2**20  # random numbers drawn at once
+WIDEST = 4096  # numbers of a row that a program of a GPU holds, beside its query
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
@@ -117,11 +119,11 @@ def fill_normal(table: Float[Tensor, "n w"], generator: torch.Generator, deviati
         part.copy_(numbers.mul_(deviation))
 
 
-def taken(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [*S, W] as `dtype`; zeros where the id is -1."""
+def taken(table: Tensor, ids: Tensor, dtype: torch.dtype, all_found: bool = False) -> Tensor:
+    """Rows [*S, W] as `dtype`; zeros where the id is -1, which `all_found` says is nowhere."""
     flat = ids.flatten()
-    missing = flat < 0
-    if is_device(ids) or missing.any():
+    missing = None if all_found else flat < 0
+    if missing is not None and (is_device(ids) or missing.any()):
         rows = table.index_select(0, flat.clamp(min=0)).to(dtype)
         rows.masked_fill_(missing.unsqueeze(1), 0)
     else:
@@ -137,7 +139,7 @@ class GatherRows(torch.autograd.Function):
         """Rows [*S, W] in the computing dtype; zeros where the id is -1."""
         ctx.save_for_backward(ids)
         remember(ctx, table, bank, all_found)
-        return taken(table, ids, bank.computing_dtype)
+        return taken(table, ids, bank.computing_dtype, all_found)
 
     @staticmethod
     @once_differentiable
@@ -161,7 +163,7 @@ class ScoredRows(torch.autograd.Function):
         all_found: bool,
     ) -> tuple[Tensor, Tensor]:
         """Rows [Q, K, W] (zeros where the id is -1) and their scores [Q, K]."""
-        rows = taken(table, ids, bank.computing_dtype)
+        rows = taken(table, ids, bank.computing_dtype, all_found)
         scores = scores.clone()  # an output of its own
         ctx.save_for_backward(ids, queries, rows, scores)
         remember(ctx, table, bank, all_found)
@@ -182,6 +184,11 @@ class ScoredRows(torch.autograd.Function):
         return sparse_gradient(ctx, ids, gradient), of_queries, None, None, None, None
 
 
+def takes_score_gradients(rows: Tensor) -> bool:
+    """Whether a kernel of a GPU makes the gradients through the scores of rows [Q, K, W]."""
+    return rows.dtype == torch.float32 and 0 < rows.shape[-1] <= WIDEST and use_triton(rows)
+
+
 def through_scores(
     metric: Metric,
     queries: Float[Tensor, "Q W"],
@@ -192,9 +199,13 @@ def through_scores(
     by_row: Float[Tensor, "Q K W"] | None,
 ) -> tuple[Float[Tensor, "Q W"], Float[Tensor, "Q K W"]]:
     """Gradients of queries and rows, from those of scores and rows; an id of -1 has no score."""
+    given = (queries, rows, scores, ids, by_score, by_row)
+    if takes_score_gradients(rows):
+        from sparsemem.kernels.gpu import score_gradients as on_a_gpu
+
+        return on_a_gpu.score_gradients(metric, *given)
     kernels = None if is_device(ids) else row_kernels_for(rows.dtype)
     if kernels is not None:
-        given = (queries, rows, scores, ids, by_score, by_row)
         return score_gradients(kernels, metric, *given)
     missing = ids < 0
     if is_device(ids) or missing.any():  # their scores are constant, and infinite

@@ -142,11 +142,11 @@ class RowStore(BoundTables):
         self._accessed(ids)
         return now
 
-    def _accessed(self, ids: Tensor) -> None:
+    def _accessed(self, ids: Tensor, all_found: bool = False) -> None:
         found = ids.flatten()
-        if not is_device(found):
+        if not (all_found or is_device(found)):
             found = found[found >= 0]
-        self.book.accessed(found)
+        self.book.accessed(found, all_found)
         self._selection.accessed(found)
 
     def _put(

@@ -299,7 +299,8 @@ def test_columns_are_a_power_of_two_that_a_product_takes():
     assert shape_of(5, "float32", 16) == Shape(64, 16, 4, 3, 3, 168)
     assert shape_of(100, "float32", 128) == Shape(64, 32, 4, 3, 2, None)
     assert shape_of(64, "bfloat16", 64) == Shape(128, 64, 4, 3, 3, None)
-    assert shape_of(64, "rough float32", 64) == Shape(128, 64, 4, 3, 3, None)
+    assert shape_of(64, "rough float32", 128) == Shape(128, 64, 4, 3, 2, None)
+    assert shape_of(64, "rough centered", 128) == Shape(64, 64, 4, 3, 2, None)
 
 
 @settings(max_examples=3, suppress_health_check=list(HealthCheck), database=None)

@@ -74,7 +74,7 @@ class Driver:
         return 0
 
 driver.set_active(Driver())
-from sparsemem.kernels.gpu import row_steps, rows
+from sparsemem.kernels.gpu import row_steps, rows, score_gradients
 
 def check(kernel, *arguments, **constants):
     assert kernel.warmup(*arguments, grid=(1,), **constants).asm["cubin"]
@@ -91,6 +91,10 @@ for table, width, block, warps, bank, selection in cases:
     check(row_steps._sgd, *given, f32, width, 0.1, 0.9, 0.0, **momentum, **how)
     check(row_steps._adagrad, *given, f32, 0.1, 0.0, 1e-10, **how)
     check(row_steps._adam, *given, f32, 2 * width, f32, 2 * width, f32, *[0.1] * 9, **how)
+for metric, width, block, warps in (("cosine", 64, 64, 1), ("ip", 5, 8, 1), ("l2", 3000, 4096, 8)):
+    given = (f32, f32, f32, ids, f32, f32, f32, f32, width, 8)
+    how = dict(METRIC=metric, HAS_ROWS=True, BLOCK=block, num_warps=warps)
+    check(score_gradients._score_gradients, *given, **how)
 print("compiled")
 """
 
