@@ -1,14 +1,13 @@
 """What all tests share: checks of types, seeds, devices, Triton's interpreter, real data."""
 
-import functools
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis
 import jaxtyping
 import pytest
 
+from tests import interpreter
 from tests.checking import sampler
 
 sampler.install("sparsemem")
@@ -49,83 +48,11 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-def mended_interpreter() -> None:
-    """Triton 3.6's interpreter, working beside NumPy 2.4 and in less than half the time.
-
-    It asks for arrays of one number as indices, which NumPy refuses; it prepares the whole language
-    at every call of a function by a kernel, where it has done so for the kernel; and it works types
-    of numbers and shapes out anew each time.
-    """
-    import triton.language
-    from triton.runtime import interpreter
-
-    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
-    modules = {"tl": triton.language, "core": triton.language.core}
-
-    def patch_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def call(self, *arguments, **named):
-        return self.rewrite()(*arguments, **named)
-
-    interpreter._patch_lang = lambda _: patch(SimpleNamespace(__globals__=modules))
-    interpreter._patch_lang_tensor = patch_index
-    interpreter.InterpretedFunction.__call__ = call
-    remember_dtypes(interpreter, triton.language.core)
-    remember_shapes(triton.language.core)
-    multiply_bfloat16(interpreter)
-
-
-def remember_dtypes(interpreter, core) -> None:
-    """NumPy's dtype of numbers is looked for once."""
-    dtype_of = interpreter._get_np_dtype
-    of_numbers = functools.cache(dtype_of)
-
-    def dtype_for(kind):
-        scalar = kind.element_ty if isinstance(kind, core.block_type) else kind
-        return dtype_of(kind) if isinstance(scalar, core.pointer_type) else of_numbers(scalar)
-
-    interpreter._get_np_dtype = dtype_for
-
-
-def remember_shapes(core) -> None:
-    """The type of a tuple of whole numbers, as a shape is, is made once."""
-    type_of = core._type_for_tuple_values
-    of_numbers = functools.cache(type_of)
-
-    def type_for(values, fields=None):
-        numbers = tuple(getattr(value, "value", value) for value in values)
-        if fields is None and all(type(number) is int for number in numbers):
-            return of_numbers(numbers)
-        return type_of(values, fields)
-
-    core._type_for_tuple_values = type_for
-
-
-def multiply_bfloat16(interpreter) -> None:
-    """Its product of bfloat16 tensors is one of their bits, as whole numbers: now of the values."""
-    import triton.language
-
-    dot = interpreter.InterpreterBuilder.create_dot
-
-    def values(tensor):
-        if tensor.dtype.scalar != triton.language.bfloat16:
-            return tensor
-        bits = tensor.data.astype("uint32") << 16
-        return interpreter.TensorHandle(bits.view("float32"), triton.language.float32)
-
-    def create_dot(self, a, b, *rest):
-        return dot(self, values(a), values(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
 @pytest.fixture(scope="session")
 def _triton():
     pytest.importorskip("triton", reason="there is no Triton for this platform")
     if not HAS_CUDA:
-        mended_interpreter()
+        interpreter.mend()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
