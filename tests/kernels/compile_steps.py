@@ -9,11 +9,12 @@ from sparsemem.kernels.gpu import sequence, step
 from sparsemem.kernels.sequence import Layers
 from sparsemem.memory.entries import Entries
 from sparsemem.memory.episode import Episode
+from sparsemem.memory.links import TemporalLinks
 from tests.oracles.hopper import compiled_for_hopper
 
 
 def compile_step(dtype, heads, top_k, width, linked):
-    """What a step launches, but for SDNC's links."""
+    """What a step launches."""
     sizes = step.Sizes(dtype, heads, 2 * width + (6 if linked else 3), width, top_k, linked)
     store = Episode.start(2, 1000, width, dtype=dtype)._store
     values = torch.zeros(2, heads * sizes.inputs, dtype=dtype)
@@ -22,10 +23,10 @@ def compile_step(dtype, heads, top_k, width, linked):
     write, read = sizes.room_to_write(last), sizes.room_to_read(last)
     step.write_step(sizes, store, values, last, write, torch.empty_like(store.touched))
     keys = step.search_step(sizes, store, values, store.touched)
-    links = torch.zeros(2, heads, 2, top_k, sizes.read, dtype=dtype)
-    of = torch.zeros(2, heads, 2, top_k, dtype=torch.int64)
-    step.read_step(sizes, store, values, last, write, read, keys, of, links)
-    saved = (last.weights, write.ids, read.ids, links, read.rows, read.weights)
+    links = TemporalLinks.start(2, heads, 8, values)
+    linked, of = step.links_step(sizes, store, links, write, last)
+    step.read_step(sizes, store, values, last, write, read, keys, linked, of)
+    saved = (last.weights, write.ids, read.ids, of, read.rows, read.weights)
     step.device_backward(sizes, store.rows, values, *saved, None, None)
 
 

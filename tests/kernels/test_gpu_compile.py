@@ -13,6 +13,7 @@ def test_the_kernels_of_a_step_compile_for_an_h100(repository):
     command = [sys.executable, str(repository / "tests/kernels/compile_steps.py")]
     run = subprocess.run(command, env=environment, cwd=repository, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    names = ("write", "search", "read", "read_backward", "write_backward")
-    names = ("lstm", *names, "lstm_backward", *names)
-    assert run.stdout.splitlines() == [f"{name}_kernel True" for name in names]
+    search, back = ("write", "search"), ("read_backward", "write_backward")
+    sequence = ("lstm", *search, "read", *back, "lstm_backward")
+    step = (*search, "mix", "scan", "follow", "read", *back)
+    assert run.stdout.splitlines() == [f"{name}_kernel True" for name in (*sequence, *step)]

@@ -13,7 +13,8 @@ from sparsemem.kernels.gpu.equations import kernel
 
 POSITION_BITS = tl.constexpr(31)
 LAST_POSITION = tl.constexpr(2**31 - 1)
-MIDDLE = tl.constexpr(2**29)  # grades are in 0 .. 2**30
+MIDDLE = tl.constexpr(2**30)  # grades are in 0 .. 2**31 - 1: float64 scores up to 4 are told apart
+LARGEST = tl.constexpr(2.0**30 - 2**7)  # cell of the grid; a number of float32, too
 LOWEST = tl.constexpr(-(2**40))  # below every key
 HIGHEST = tl.constexpr(2**62)  # above every key
 
@@ -37,8 +38,8 @@ def grade_of_score(score, GRID: tl.constexpr, ROUNDING: tl.constexpr):
     ROUNDING is so large that the sum has no bits behind the point: rounded as torch.round does.
     """
     cell = score * GRID + ROUNDING - ROUNDING
-    cell = tl.minimum(tl.maximum(cell, -(2.0**29)), 2.0**29)
-    return tl.where(score == score, cell, 2.0**29).to(tl.int64) + MIDDLE
+    cell = tl.minimum(tl.maximum(cell, -LARGEST), LARGEST)
+    return tl.where(score == score, cell, LARGEST).to(tl.int64) + MIDDLE
 
 
 @kernel

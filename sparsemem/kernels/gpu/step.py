@@ -13,6 +13,7 @@ from sparsemem.indexes.ranking import GRID_BITS
 from sparsemem.kernels import DTYPES
 from sparsemem.kernels.fused import Step
 from sparsemem.kernels.gpu.backward import read_backward_kernel, write_backward_kernel
+from sparsemem.kernels.gpu.links import follow_kernel, mix_kernel, scan_kernel
 from sparsemem.kernels.gpu.reading import read_kernel, search_kernel
 from sparsemem.kernels.gpu.writing import write_kernel
 from sparsemem.memory.entries import Entries
@@ -26,6 +27,8 @@ MAX_READS = 32  # of an element that one program adds up at once
 SCAN = 1024  # last accesses that it looks at at once
 MIN_SIZE = 4  # of an array
 MOST_ENTRIES, MOST_WIDTH = 128, 1024  # K and H, and W, that a program takes: more is for torch
+MOST_JOINED = 128  # links of a row and what is added to them
+PAIRS = 1024  # of them that a program compares at once, if it has several rows
 PART_ROWS = 256  # that a program searches, at least, if a search is divided
 PROGRAMS = 1024  # that fill a device
 ROUNDING = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
@@ -69,6 +72,11 @@ class Sizes(NamedTuple):
     def common(self) -> dict[str, Any]:
         """Arguments of most kernels."""
         return {"INPUTS": self.inputs, "WIDTH": self.width, "COLUMNS": self.columns}
+
+    @property
+    def ranking(self) -> dict[str, float]:
+        """Arguments of kernels that rank scores."""
+        return {"GRID": 2.0 ** GRID_BITS[self.dtype], "ROUNDING": ROUNDING[self.dtype]}
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def device_step(
         keys = search_step(sizes, store, values, store.touched)
         linked, weights_of = values.new_empty(0, dtype=torch.int64), values.new_empty(0)
         if links is not None:
-            linked, weights_of = links_step(store, links, write, last, top_k)
+            linked, weights_of = links_step(sizes, store, links, write, last)
         read_step(sizes, store, values, last, write, read, keys, linked, weights_of)
     entries, backward = Entries(read.ids, read.weights), partial(device_backward, sizes)
     return Step(backward, write, entries, weights_of, read.rows, read.reads)
@@ -189,8 +197,7 @@ def search_step(
     search_kernel[(batch, sizes.heads, parts)](
         store.rows, store.norms, touched, values, keys, capacity,
         HEADS=sizes.heads, **sizes.common, K=sizes.top_k, NEIGHBOURS=sizes.neighbours,
-        SCAN=block, GRID=2.0 ** GRID_BITS[sizes.dtype], ROUNDING=ROUNDING[sizes.dtype],
-        num_warps=8,
+        SCAN=block, **sizes.ranking, num_warps=8,
     )  # fmt: skip
     return keys
 
@@ -201,16 +208,84 @@ def parts_of(rows: int, searches: int) -> int:
 
 
 def links_step(
-    store: EpisodeStore, links: TemporalLinks, write: Entries, last: Entries, top_k: int
+    sizes: Sizes, store: EpisodeStore, links: TemporalLinks, write: Entries, last: Entries
 ) -> tuple[Tensor, Tensor]:
     """Update the links; ids [B, H, 2, K] of linked rows, and weights [B, H, 2, K, S]."""
-    extent = max(store.extent, top_k)
+    extent, top_k = max(store.extent, sizes.top_k), sizes.top_k
     links.reserve(extent)
+    if can_link(sizes, links):
+        before = mix_links(sizes, links, write)
+        keys = scan_links(sizes, links, before, write, last, store.touched, extent)
+        return follow_links(sizes, links, last, keys)
     links.update(write, extent)
-    before = links.follow(links.precedes, last, top_k, extent)
-    after = links.follow(links.follows, last, top_k, extent)
-    weights_of = torch.stack([before.weights_of, after.weights_of], 2)
-    return torch.stack([before.ids, after.ids], 2), weights_of
+    linked = [links.follow(way, last, top_k, extent) for way in (links.precedes, links.follows)]
+    ids, weights_of = zip(*linked, strict=True)
+    return torch.stack(ids, 2), torch.stack(weights_of, 2)
+
+
+def can_link(sizes: Sizes, links: TemporalLinks) -> bool:
+    """Whether the links of a row and what is added to them are not too many for a program."""
+    weights = links.precedence.weights
+    kept = weights.shape[2]
+    return kept + max(kept, sizes.read + 1) <= MOST_JOINED and weights.dtype == sizes.dtype
+
+
+def mix_links(sizes: Sizes, links: TemporalLinks, write: Entries) -> Entries:
+    """Link what was written [B, H, S + 1], but for the decay of other rows. The last precedence."""
+    before = links.precedence
+    batch, heads, kept = before.ids.shape
+    few, many = padded(2 * kept), padded(kept + sizes.read + 1)
+    rows, columns = sizes.support, padded(kept)
+    few_block, many_block = (max(PAIRS // size**2, 1) for size in (few, many))
+    few_block, many_block = min(few_block, rows), min(many_block, columns)
+    links.precedence = Entries(*map(torch.empty_like, before))
+    mix_kernel[(batch * heads, rows // few_block + columns // many_block + 1)](
+        *links.follows, *links.precedes, *before, *write, *links.precedence,
+        write.ids.shape[2] - 1, links.follows.ids.shape[2],
+        L=kept, LINKS=columns, SUPPORT=rows, FEW=few, FEW_BLOCK=few_block, MANY=many,
+        MANY_BLOCK=many_block, **sizes.ranking,
+        num_warps=min(max(PAIRS, few**2, many**2) // 256, 16),
+    )  # fmt: skip
+    return before
+
+
+def scan_links(
+    sizes: Sizes,
+    links: TemporalLinks,
+    before: Entries,
+    write: Entries,
+    last: Entries,
+    touched: Tensor,
+    extent: int,
+) -> Tensor:
+    """Decay what precedes; the best rows of each part of both tables, as keys [B, H, 2, P, K]."""
+    batch, heads, kept = before.ids.shape
+    parts = parts_of(extent + PART_ROWS - 1, batch * heads)  # of one tile, if there are few rows
+    columns = padded(kept)
+    keys = touched.new_empty(batch, heads, 2, parts, sizes.top_k)
+    scan_kernel[(batch * heads, parts, 2)](
+        *links.follows, *links.precedes, before.ids, touched, *write, *last, keys,
+        last.ids.shape[2], links.follows.ids.shape[2],
+        HEADS=heads, K=sizes.top_k, NEIGHBOURS=sizes.neighbours, L=kept, LINKS=columns,
+        ROWS=min(max(TILE // (2 * columns), MIN_SIZE), PART_ROWS), **sizes.ranking, num_warps=8,
+    )  # fmt: skip
+    return keys
+
+
+def follow_links(
+    sizes: Sizes, links: TemporalLinks, last: Entries, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids [B, H, 2, K] of the best rows, and weights [B, H, 2, K, S]."""
+    batch, heads, _, parts, top_k = keys.shape
+    support, shape = last.ids.shape[2], (batch, heads, 2, top_k)
+    ids, weights_of = keys.new_empty(shape), last.weights.new_empty(*shape, support)
+    follow_kernel[(batch * heads, 2)](
+        *links.follows, *links.precedes, *last, keys, ids, weights_of,
+        support, parts, links.follows.ids.shape[2],
+        L=links.follows.ids.shape[3], SUPPORT=sizes.support, KEYS=16 * sizes.neighbours,
+        **sizes.reading,
+    )  # fmt: skip
+    return ids, weights_of
 
 
 def read_step(
