@@ -44,6 +44,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.launching import launch
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
@@ -213,7 +214,8 @@ def scan_tiles(work: Work, kind: Pass, shape: Shape) -> tuple[Tensor, Tensor]:
     programs = min(tiles, shape.programs * multiprocessors(queries.device))
     best = torch.empty(tiles, padded, device=queries.device)
     heads = torch.empty(padded, programs, dtype=torch.int64, device=queries.device)
-    scan_kernels.scan_tiles[(programs,)](
+    launch(
+        scan_kernels.scan_tiles, (programs,),
         table.rows, marks(table), queries, work.center, work.unsure, best, heads,
         len(queries), table.extent, tiles, programs,
         STRIDE=table.rows.stride(0), WIDTH=table.width,
@@ -236,7 +238,8 @@ def find_rows(
     table, (tiles, padded) = work.table, best.shape
     (count, k), programs = found.ids.shape, heads.shape[1]
     members = -(-tiles // programs)
-    scan_kernels.find_rows[(count,)](
+    launch(
+        scan_kernels.find_rows, (count,),
         table.rows, marks(table), work.queries, work.center, work.unsure, best, heads, *found,
         table.extent, tiles, programs, members, k, k + kind.most,
         STRIDE=table.rows.stride(0), WIDTH=table.width,

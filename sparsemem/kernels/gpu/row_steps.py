@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsemem.indexes.launching import launch
 from sparsemem.kernels.gpu.equations import kernel
 from sparsemem.kernels.gpu.rows import is_first, segment_sum
 from sparsemem.kernels.row_gradient import Gradient
@@ -257,7 +258,9 @@ def _launch(
         for mark in (gradient.live, gradient.frozen, gradient.selected)
     ]
     with torch.cuda.device_of(table):
-        program[(count,)](
+        launch(
+            program,
+            (count,),
             gradient.ids,
             gradient.order,
             gradient.values,

@@ -13,6 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.indexes.launching import launch
 from sparsemem.kernels.gpu.equations import kernel
 
 COLUMNS = 1024  # of a row that a program holds at once, at most
@@ -94,7 +95,7 @@ def sum_by_row(
         block = _block(width)
         with torch.cuda.device_of(values):
             grid = (count, triton.cdiv(width, block))
-            _sum_segments[grid](ids, order, values, sums, count, width, BLOCK=block)
+            launch(_sum_segments, grid, ids, order, values, sums, count, width, BLOCK=block)
     return ids, sums
 
 
@@ -107,7 +108,9 @@ def weigh_rows(
     if ids.numel():
         block = _block(width)
         with torch.cuda.device_of(table):
-            _weigh[(queries, triton.cdiv(width, block))](
+            launch(
+                _weigh,
+                (queries, triton.cdiv(width, block)),
                 table,
                 table.stride(0),
                 ids.contiguous(),
@@ -128,7 +131,9 @@ def weights_gradient(
     if ids.numel():
         width = table.shape[1]
         with torch.cuda.device_of(table):
-            _weights_gradient[(ids.numel(),)](
+            launch(
+                _weights_gradient,
+                (ids.numel(),),
                 table,
                 table.stride(0),
                 ids.contiguous(),

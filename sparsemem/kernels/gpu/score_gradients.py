@@ -13,6 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.indexes.launching import launch
 from sparsemem.indexes.metrics import Metric
 from sparsemem.kernels.gpu.equations import inverse_norm, kernel
 
@@ -71,7 +72,8 @@ def score_gradients(
     if count:
         block = triton.next_power_of_2(width)
         with torch.cuda.device_of(rows):
-            _score_gradients[(count,)](
+            launch(
+                _score_gradients, (count,),
                 *(part.contiguous() for part in given),
                 by_score if by_row is None else by_row.contiguous(),
                 of_queries, of_rows, width, k,

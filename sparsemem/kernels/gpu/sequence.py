@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsemem.indexes.launching import launch
 from sparsemem.kernels.gpu import step
 from sparsemem.kernels.gpu.lstm import lstm_backward_kernel, lstm_kernel
 from sparsemem.kernels.gpu.step import (
@@ -80,7 +81,8 @@ def advance(store: EpisodeStore, sequence: Sequence, layers: Layers) -> None:
         hidden, reads = sequence.carried[t + 1].tensor_split([sizes.hidden], 1)
         read = Reading(sequence.ids[t + 1], sequence.rows[t], sequence.weights[t + 1], reads)
         gates.addmm_(sequence.carried[t], recurrent)
-        lstm_kernel[lstm_grid(sizes)](
+        launch(
+            lstm_kernel, lstm_grid(sizes),
             gates, sequence.cells[t], sequence.cells[t + 1], hidden, hidden.stride(0),
             **lstm_options(sizes),
         )  # fmt: skip
@@ -140,7 +142,8 @@ def go_back(
             flows = (to_reads, to_weights[(t + 1) % 2], to_rows, to_values[t], to_weights[t % 2])
             backward_step(kernels, buffer, *made, *flows)
             to_hidden.addmm_(to_values[t], interface)
-            lstm_backward_kernel[lstm_grid(sizes)](
+            launch(
+                lstm_backward_kernel, lstm_grid(sizes),
                 gates[t], cells[t], cells[t + 1], to_hidden, to_cell, to_gates[t],
                 to_hidden.stride(0), **lstm_options(sizes),
             )  # fmt: skip

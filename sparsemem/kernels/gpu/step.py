@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsemem.indexes.launching import launch
 from sparsemem.indexes.ranking import GRID_BITS
 from sparsemem.kernels import DTYPES
 from sparsemem.kernels.fused import Step
@@ -169,7 +170,8 @@ def write_step(
     entries = padded(heads) * sizes.support
     whole = entries * max(entries, sizes.columns) <= TILE
     block = sizes.block(heads * (sizes.read + 1))
-    write_kernel[(batch,)](
+    launch(
+        write_kernel, (batch,),
         *memory, touched, values, *last, *write, support, store.rows.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,
         SCAN=SCAN, WHOLE=whole, BLOCK=block, num_warps=max(4, warps_for(block * sizes.columns)),
@@ -194,7 +196,8 @@ def search_step(
     shape = (batch, sizes.heads, parts, sizes.top_k)
     keys = touched.new_empty(shape) if room is None else room[: prod(shape)].view(shape)
     block = min(max(2 * TILE // sizes.columns, MIN_SIZE), 256)
-    search_kernel[(batch, sizes.heads, parts)](
+    launch(
+        search_kernel, (batch, sizes.heads, parts),
         store.rows, store.norms, touched, values, keys, capacity,
         HEADS=sizes.heads, **sizes.common, K=sizes.top_k, NEIGHBOURS=sizes.neighbours,
         SCAN=block, **sizes.ranking, num_warps=8,
@@ -239,7 +242,8 @@ def mix_links(sizes: Sizes, links: TemporalLinks, write: Entries) -> Entries:
     few_block, many_block = (max(PAIRS // size**2, 1) for size in (few, many))
     few_block, many_block = min(few_block, rows), min(many_block, columns)
     links.precedence = Entries(*map(torch.empty_like, before))
-    mix_kernel[(batch * heads, rows // few_block + columns // many_block + 1)](
+    launch(
+        mix_kernel, (batch * heads, rows // few_block + columns // many_block + 1),
         *links.follows, *links.precedes, *before, *write, *links.precedence,
         write.ids.shape[2] - 1, links.follows.ids.shape[2],
         L=kept, LINKS=columns, SUPPORT=rows, FEW=few, FEW_BLOCK=few_block, MANY=many,
@@ -263,7 +267,8 @@ def scan_links(
     parts = parts_of(extent + PART_ROWS - 1, batch * heads)  # of one tile, if there are few rows
     columns = padded(kept)
     keys = touched.new_empty(batch, heads, 2, parts, sizes.top_k)
-    scan_kernel[(batch * heads, parts, 2)](
+    launch(
+        scan_kernel, (batch * heads, parts, 2),
         *links.follows, *links.precedes, before.ids, touched, *write, *last, keys,
         last.ids.shape[2], links.follows.ids.shape[2],
         HEADS=heads, K=sizes.top_k, NEIGHBOURS=sizes.neighbours, L=kept, LINKS=columns,
@@ -279,7 +284,8 @@ def follow_links(
     batch, heads, _, parts, top_k = keys.shape
     support, shape = last.ids.shape[2], (batch, heads, 2, top_k)
     ids, weights_of = keys.new_empty(shape), last.weights.new_empty(*shape, support)
-    follow_kernel[(batch * heads, 2)](
+    launch(
+        follow_kernel, (batch * heads, 2),
         *links.follows, *links.precedes, *last, keys, ids, weights_of,
         support, parts, links.follows.ids.shape[2],
         L=links.follows.ids.shape[3], SUPPORT=sizes.support, KEYS=16 * sizes.neighbours,
@@ -303,7 +309,8 @@ def read_step(
     batch, heads, parts, top_k = keys.shape
     support, order = last.ids.shape[2], store.order
     given = (values, last.weights, *write, keys, linked, weights_of)
-    read_kernel[(batch, heads)](
+    launch(
+        read_kernel, (batch, heads),
         store.rows, order.last_access, store.touched, *given, *read,
         support, parts, store.rows.shape[1], order.time, read.reads.stride(0),
         HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support,
@@ -360,7 +367,8 @@ def backward_step(
     [B, H, R, W], of values and of the last read weights.
     """
     batch, heads, support = last_weights.shape
-    read_backward_kernel[(batch * heads,)](
+    launch(
+        read_backward_kernel, (batch * heads,),
         values, last_weights, links, rows, weights, to_reads, to_weights, to_rows, to_values,
         to_last, support, to_reads.stride(0),
         HEADS=heads, **sizes.common, **sizes.reading, SUPPORT=sizes.support, LINKED=sizes.linked,
@@ -368,7 +376,8 @@ def backward_step(
     reads, written = heads * sizes.read, padded(heads) * sizes.support * sizes.columns
     whole = reads <= MAX_READS and written * values.element_size() <= 4 * TILE  # float32's
     warps = {"num_warps": max(4, warps_for(written))} if whole else {}
-    write_backward_kernel[(batch,)](
+    launch(
+        write_backward_kernel, (batch,),
         buffer, values, write_ids, last_weights, ids, to_rows, to_values, to_last, support,
         buffer.shape[1],
         HEADS=heads, HEAD_SIZE=padded(heads), **sizes.common, SUPPORT=sizes.support,

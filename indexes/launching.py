@@ -1,0 +1,45 @@
+"""Launches of Triton's kernels, without what Triton does anew for each of them.
+
+`program[grid](...)` finds out for what the kernel was compiled: dtypes, which addresses and whole
+numbers are divisible by 16, which numbers are 1 or need 64 bits, and the constants. That takes the
+host 65 us of some 70 for a kernel of twenty arguments, longer than most kernels run. `launch` keeps
+the compiled kernel of each such combination, and hands it its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """As `program[grid](*arguments, **constants)`.
+
+    Arguments are those that are not `constexpr`, in order; constants are the others, and options
+    such as num_warps. In the interpreter nothing is compiled, nor kept.
+    """
+    on_gpu = torch.cuda.is_initialized()
+    device = torch.cuda.current_device() if on_gpu else None
+    key = (id(program), device, tuple(map(kind_of, arguments)), tuple(constants.items()))
+    if key in _compiled:
+        compiled, rest = _compiled[key]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    compiled = program[grid](*arguments, **constants)
+    if compiled is not None:
+        names = program.arg_names[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def kind_of(argument: Any) -> Any:
+    """What of an argument a kernel is compiled for; finer than Triton's own distinctions."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        bits = -(2**31) <= argument < 2**31, argument < 2**63
+        return argument == 1, argument % 16 == 0, bits
+    return type(argument)
