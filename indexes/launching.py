@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
@@ -19,11 +18,10 @@ _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """As `program[grid](*arguments, **constants)`.
 
-    Arguments are those that are not `constexpr`, in order; constants are the others, and options
-    such as num_warps. In the interpreter nothing is compiled, nor kept.
+    Arguments are those that are not `constexpr`, in order, the first a tensor; constants are the
+    others, and options such as num_warps. In the interpreter nothing is compiled, nor kept.
     """
-    on_gpu = torch.cuda.is_initialized()
-    device = torch.cuda.current_device() if on_gpu else None
+    device = arguments[0].get_device()
     key = (id(program), device, tuple(map(kind_of, arguments)), tuple(constants.items()))
     if key in _compiled:
         compiled, rest = _compiled[key]
