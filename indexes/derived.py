@@ -80,6 +80,7 @@ class Derivation(ABC):
     setting: Setting
     knob: Knob
     holds: bool  # the floor of the recall, at that setting
+    overrun: bool = False  # by strays: it had to take in rows that few searches would find
     absorbed: int  # rows that came or took another place since it was built
     buffer: Any  # a Buffer or a DeviceBuffer
 

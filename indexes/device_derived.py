@@ -216,6 +216,8 @@ class DeviceDerived(Derivation):
         near = same = self.buffer.unchanged(ids)
         if self.buffer.count <= MOST_STRAYS * self.table.num_live:
             near = same & ~far
+        elif not self.overrun:
+            self.overrun = bool((same & far).any())
         entered = ids[near]
         self._add(entered, vectors[near])
         self.absorbed += len(entered)

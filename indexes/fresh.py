@@ -39,7 +39,8 @@ class FreshIndex(Index):
     rows is absorbed; recall is measured on a sample of live queries against exact search, and
     the search looks harder where it comes near `min_recall`; after drift the lists are trained
     anew, beside the old ones, and swapped in. An index that cannot hold `min_recall` gives way
-    to exact search, with a warning, until it is next built.
+    to exact search, with a warning, until it is next built. So does, without one, an index on a
+    GPU that rows have left so fast that many more stray than it can keep beside its lists.
 
     Args:
         table, metric: as for every index.
@@ -209,13 +210,19 @@ class FreshIndex(Index):
     def _scores(self, queries: Tensor, ids: Tensor) -> Tensor:
         return self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
 
+    def serves(self, derived: Derivation) -> bool:
+        """Whether the lists hold the floor of the recall, as far as is known."""
+        return derived.holds and not (derived.overrun and self.min_recall is not None)
+
     def _is_scan(self, queries: Tensor) -> bool:
         few = self.table.num_live < self.exact_below or not len(queries)
-        return self.current is None or few or not self.current.holds
+        return self.current is None or few or not self.serves(self.current)
 
     def _search(self, queries: Tensor, k: int) -> Found:
         derived = self.current
         if derived is None or self._is_scan(queries):
+            if derived is not None and derived.overrun:
+                self.sample.add(queries, k)  # to tune the next lists by
             return self.exact._search(queries, k)
         self.sample.add(queries, k)
         found = self.found(derived, queries, k)

@@ -78,7 +78,7 @@ class Upkeep:
     def exact_only(self) -> bool:
         """Whether searches are scans: there is no index yet, or it cannot hold the floor."""
         current = self.index.current
-        return current is None or not current.holds
+        return current is None or not self.index.serves(current)
 
     def changed(self, count: int) -> None:
         """Rows were changed or removed, under the table's write lock."""
@@ -321,7 +321,7 @@ class Upkeep:
             return True
         worn = current.absorbed > REPLACED * self._built_rows or current.stale() > STALE * live
         hard = current.setting.effort > STRAINED * self._built_effort
-        hard |= current.buffer.strays > STRAYED * live
+        hard |= current.overrun or current.buffer.strays > STRAYED * live
         return worn or hard or self._imbalance > UNEVEN * self._built_imbalance
 
     def _build_now(self) -> bool:

@@ -187,6 +187,39 @@ def test_rows_far_from_all_lists_stay_until_the_lists_are_trained_anew(device):
     assert first(index, far[2:3]) == [2]
 
 
+def test_an_index_that_strays_overrun_is_not_searched(device, monkeypatch):
+    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8, min_recall=0.9)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(index.upkeep), "_rebuild_due", lambda upkeep: False)
+        for start in range(0, N // 2, 50):  # half of the rows go where no list is
+            index.update(ids_of(start, start + 50, device), -2 * clustered(50, start).to(device))
+        assert index.current.overrun
+        assert index.stats()["exact"]
+        assert agreement(index, -2 * clustered(150, seed=9)) == 1  # and the sample is of these
+    index.update(ids_of(N - 1, N, device), tight(1, 3).to(device))
+    assert index.upkeep.rebuilds == 2, "new lists were due"
+    assert not index.current.overrun
+    assert not index.stats()["exact"]
+    assert agreement(index, -2 * clustered(60, seed=9)) >= 0.9
+
+
+def test_without_a_floor_lists_that_strays_overrun_are_searched(device, monkeypatch):
+    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8)
+    monkeypatch.setattr(type(index.upkeep), "_rebuild_due", lambda upkeep: False)
+    index.update(ids_of(0, N // 2, device), -2 * clustered(N // 2).to(device))
+    index.update(ids_of(0, 9, device), clustered(9).to(device))
+    assert index.current.overrun
+    assert not index.stats()["exact"]
+
+
+def test_many_rows_that_do_not_stray_overrun_nothing(device):
+    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8, min_recall=0.9)
+    index.update(ids_of(0, N // 2, device), tight(N // 2, 5).to(device))
+    index.update(ids_of(0, 9, device), tight(9, 6).to(device))
+    assert index.stats()["buffered"] <= 8
+    assert not index.current.overrun
+
+
 class Interrupted:
     """A FAISS index that runs out of memory when half of what it is to add is in."""
 
