@@ -59,7 +59,7 @@ def assert_same(ours, truth, tolerance):
 @pytest.mark.usefixtures("device_form")
 @pytest.mark.parametrize(("name", "options"), MODELS)
 def test_a_sequence_waits_once_forward_and_backward(name, options):
-    model, input = model_of(name, **options), torch.randn(2, 12, 3)
+    model, input = model_of(name, **options), torch.randn(2, 6, 3)
     with Synchronisations() as waits:
         output, state = model(input)
         output.square().sum().backward()
@@ -85,8 +85,9 @@ def test_forks_and_later_calls_wait_for_their_input_only(name):
 def test_a_captured_sequence_waits_for_nothing(name, options, monkeypatch):
     monkeypatch.setattr(devices, "is_capturing", lambda tensor: True)
     model = model_of(name, **{**options, "num_slots": 100})
+    steps = 30 if name in ("sam", "sdnc") else 4  # the table grows, where there is one
     with Synchronisations() as waits:
-        model(torch.randn(2, 30, 3))[0].sum().backward()  # the table grows
+        model(torch.randn(2, steps, 3))[0].sum().backward()
     assert waits.found == []
 
 
@@ -95,7 +96,7 @@ def test_all_that_a_model_makes_is_on_its_device(name, options, monkeypatch):
     """Meta tensors stand for another device's: they have no values to look at either."""
     monkeypatch.setattr(devices, "is_capturing", lambda tensor: True)
     model = model_of(name, **options).to("meta")
-    input = torch.randn(2, 12, 3, device="meta")
+    input = torch.randn(2, 6, 3, device="meta")
     with Synchronisations() as waits:
         output, state = model(input)
         output.sum().backward()

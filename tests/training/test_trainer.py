@@ -92,8 +92,8 @@ def test_signals_save_and_leave_and_handlers_come_back(tree, new_run, stop_at, n
 
 def test_a_second_ctrl_c_leaves_at_once(tree, new_run, stop_at):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # one after the other: two that wait to be heard are one
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     trainer, run = new_run("run", tree)
     with pytest.raises(KeyboardInterrupt):
