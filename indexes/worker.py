@@ -100,7 +100,9 @@ def stand_back(nice: int) -> None:
     """Lower the priority of the calling thread, and let it use one core."""
     if sys.platform == "linux":  # elsewhere a priority is the whole process's
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            thread = threading.get_native_id()
+            nice = max(nice, os.getpriority(os.PRIO_PROCESS, thread))  # and not raise it
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
     with contextlib.suppress(ImportError):
         import faiss
 

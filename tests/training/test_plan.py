@@ -201,7 +201,7 @@ def test_time_over_a_bank_is_planned(tree, index):
 def test_the_time_of_a_scan_grows_with_the_rows(tree, monkeypatch):
     monkeypatch.setattr(calibration, "SECONDS", 0.2)
     sizes = []
-    for rows in (2**16, 2**20):
-        config = make_config(banked(tree, "memory-lstm", num_rows=rows))
-        sizes.append(plan_seconds(plan_memory(config)).step)
+    for rows, tries in ((2**16, 3), (2**20, 1)):  # what is short is easily disturbed
+        found = plan_memory(make_config(banked(tree, "memory-lstm", num_rows=rows)))
+        sizes.append(min(plan_seconds(found).step for _ in range(tries)))
     assert sizes[1] > 4 * sizes[0]
