@@ -141,6 +141,34 @@ def scale_for(largest):
     return 1.0 / tl.maximum(exponent.to(tl.float32, bitcast=True), LEAST_SCALE)
 
 
+@kernel
+def best_worth(sums, squares, there, inverse, errors, METRIC: tl.constexpr, ERROR: tl.constexpr):
+    """The best worth of a tile's rows for each query, from products and squares of rows."""
+    # What is not live becomes not a number, which maxima pass over.
+    if METRIC == "l2":
+        lessened = tl.where(there, squares * (1.0 - 2.0 * ERROR), float("nan"))
+        sums = sums - lessened[:, None] * (0.5 * inverse)[None, :]
+    elif METRIC == "cosine":
+        sums = sums * tl.where(there, tl.rsqrt(squares + EPSILON), float("nan"))[:, None]
+    else:
+        sums = sums + tl.where(there, tl.sqrt(squares), float("nan"))[:, None] * errors[None, :]
+    none = tl.where(tl.max(there.to(tl.int32), 0) > 0, WORST, float("-inf"))
+    worth = tl.max(sums, 0)
+    return tl.where(worth > WORST, worth, none)  # none, too, if there are no numbers
+
+
+@kernel
+def best_of_own(best, pid, tiles, programs, QUERIES: tl.constexpr, AHEAD: tl.constexpr):
+    """The best key of the tiles that a program has scanned, for each query."""
+    head = tl.full([QUERIES], NOTHING, tl.int64)
+    for several in range(pid, tiles, programs * AHEAD):
+        own = several + tl.arange(0, AHEAD) * programs
+        offsets = own.to(tl.int64)[:, None] * QUERIES + tl.arange(0, QUERIES)[None, :]
+        again = tl.load(best + offsets, mask=(own < tiles)[:, None], other=float("-inf"))
+        head = tl.maximum(head, tl.max(keys_of(again, own[:, None]), 0))
+    return head
+
+
 @kernel(do_not_specialize=["count", "extent", "tiles", "programs"])
 def scan_tiles(
     rows, live, queries, center, unsure, best, heads, count, extent, tiles, programs,
@@ -197,26 +225,10 @@ def scan_tiles(
                 squares += tl.sum(wide * wide, 1)
                 some = queries_at(queries, center, start, count, WIDTH, PART, QUERIES, CENTERED)
                 sums += product(part, wide, some * inverse[None, :], PRODUCT, TURNED)
-        # What is not live becomes not a number, which maxima pass over.
-        if METRIC == "l2":
-            lessened = tl.where(there, squares * (1.0 - 2.0 * ERROR), float("nan"))
-            sums = sums - lessened[:, None] * (0.5 * inverse)[None, :]
-        elif METRIC == "cosine":
-            sums = sums * tl.where(there, tl.rsqrt(squares + EPSILON), float("nan"))[:, None]
-        else:
-            sums = sums + tl.where(there, tl.sqrt(squares), float("nan"))[:, None] * errors[None, :]
-        none = tl.where(tl.max(there.to(tl.int32), 0) > 0, WORST, float("-inf"))
-        worth = tl.max(sums, 0)
-        worth = tl.where(worth > WORST, worth, none)  # none, too, if there are no numbers
+        worth = best_worth(sums, squares, there, inverse, errors, METRIC, ERROR)
         tl.store(best + tl.full([QUERIES], QUERIES, tl.int64) * tile + q, worth)
     tl.debug_barrier()  # what other threads of the program have stored is read below
-    head = tl.full([QUERIES], NOTHING, tl.int64)
-    for several in range(pid, tiles, programs * AHEAD):
-        own = several + tl.arange(0, AHEAD) * programs
-        offsets = own.to(tl.int64)[:, None] * QUERIES + q[None, :]
-        again = tl.load(best + offsets, mask=(own < tiles)[:, None], other=float("-inf"))
-        head = tl.maximum(head, tl.max(keys_of(again, own[:, None]), 0))
-    tl.store(heads + q * programs + pid, head)
+    tl.store(heads + q * programs + pid, best_of_own(best, pid, tiles, programs, QUERIES, AHEAD))
 
 
 @kernel
@@ -304,6 +316,34 @@ def taken_from(front, least, inverse, length, SEVERAL: tl.constexpr, METRIC: tl.
     return keys, front
 
 
+@kernel
+def scale_and_length(query, center, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+                     CENTERED: tl.constexpr):  # fmt: skip
+    """`scale_for` a query, less the center, and its squared length."""
+    largest = tl.max(tl.zeros([PART], tl.float32), 0)
+    length = tl.max(tl.zeros([PART], tl.float32), 0)
+    for start in tl.static_range(0, PARTS * PART, PART):
+        w = start + tl.arange(0, PART)
+        values = tl.load(query + w, mask=w < WIDTH, other=0.0)
+        if CENTERED:
+            values = values - tl.load(center + w, mask=w < WIDTH, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+        length += tl.sum(values * values, 0)
+    return scale_for(largest), length
+
+
+@kernel
+def with_better(kept, least, found):
+    """The greatest of the keys that are kept and found, as many as were kept; and their least."""
+    candidate = tl.max(found, 0)
+    while candidate > least:
+        kept = tl.where(kept == least, candidate, kept)
+        least = tl.min(kept, 0)
+        found = tl.where(found == candidate, NOTHING, found)
+        candidate = tl.max(found, 0)
+    return kept, least
+
+
 @kernel(do_not_specialize=["extent", "tiles", "programs", "members", "k", "most"])
 def find_rows(
     rows, live, queries, center, unsure, best, heads, scores, ids,
@@ -324,16 +364,7 @@ def find_rows(
     g = tl.arange(0, LISTS)
     slot = tl.arange(0, KEPT)
     own = queries + query * WIDTH
-    largest = tl.max(tl.zeros([PART], tl.float32), 0)
-    length = tl.max(tl.zeros([PART], tl.float32), 0)
-    for start in tl.static_range(0, PARTS * PART, PART):
-        w = start + tl.arange(0, PART)
-        values = tl.load(own + w, mask=w < WIDTH, other=0.0)
-        if METRIC == "l2":
-            values = values - tl.load(center + w, mask=w < WIDTH, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
-        length += tl.sum(values * values, 0)
-    inverse = scale_for(largest)
+    inverse, length = scale_and_length(own, center, WIDTH, PART, PARTS, METRIC == "l2")
     front = tl.load(heads + query * programs + g, mask=g < programs, other=NOTHING)
     # Places that are empty hold keys that differ, so that a row takes one place.
     kept = tl.where(slot < k, NOTHING + slot.to(tl.int64), MOST)
@@ -349,12 +380,7 @@ def find_rows(
             rows, live, own, length, numbers, extent,
             STRIDE, WIDTH, PART, PARTS, ROWS, SEVERAL, METRIC,
         )  # fmt: skip
-        candidate = tl.max(found, 0)
-        while candidate > least:
-            kept = tl.where(kept == least, candidate, kept)
-            least = tl.min(kept, 0)
-            found = tl.where(found == candidate, NOTHING, found)
-            candidate = tl.max(found, 0)
+        kept, least = with_better(kept, least, found)
         from_list = g[:, None] == (numbers % programs)[None, :]
         front = tl.maximum(front, tl.max(tl.where(from_list, following[None, :], NOTHING), 1))
         seen += SEVERAL
