@@ -16,6 +16,7 @@ from sparsemem.kernels.compiled import (
     assign,
     clear,
     dot,
+    fetch,
     given_or_zero,
     inverse_norm,
     kernel,
@@ -25,6 +26,8 @@ from sparsemem.kernels.compiled import (
 SGD, ADAGRAD, ADAM = 0, 1, 2  # what `step_rows` does
 COSINE, PRODUCT, DISTANCE = 0, 1, 2  # the metrics of `score_gradients`
 OUT_OF_RANGE = -1
+LINE = 64  # bytes that come from memory together
+AHEAD = 4  # entries whose rows are on their way: a row far away takes as long as two steps
 
 
 @part
@@ -99,6 +102,24 @@ def adam(row, gradient, mean, square, count, numbers):
         row[i] = shrink * row[i] - scale * mean[i] / (np.sqrt(square[i] * upscale) + eps)
 
 
+@part
+def fetch_all(row, sizes, itemsize, addresses):
+    """Have a row, its state and its marks on their way from memory."""
+    _, _, width, _, first_stride, second_stride = sizes
+    for address, stride in (
+        (addresses[4], width),
+        (addresses[5], first_stride),
+        (addresses[6], second_stride),
+    ):
+        for offset in range(0, min(width, stride) * itemsize, LINE):
+            fetch(address + row * stride * itemsize + offset)
+    if addresses[7]:
+        fetch(addresses[7] + row * itemsize)
+    for mark in addresses[8:]:
+        if mark:
+            fetch(mark + row)
+
+
 @kernel
 def step_rows(like, sizes, numbers, addresses):
     """Step each row that has entries and may be stepped; how many there were, `stepped` says which.
@@ -122,6 +143,7 @@ def step_rows(like, sizes, numbers, addresses):
         return OUT_OF_RANGE
     gradient, place, done = np.empty(width, like.dtype), 0, 0
     while place < count:
+        fetch_all(ids[min(place + AHEAD, count - 1)], sizes, like.itemsize, addresses)
         row = ids[place]
         place = add_up(ids, order, values, place, gradient)
         if not is_due(row, live, frozen, selected):
