@@ -49,14 +49,19 @@ def run_and_kill(server, path, first, seed, seconds):
     return first + len(numbers) - 1
 
 
-def kill_and_check(server, path, kills, seed, longest):
-    """Kill a bank many times; returns how many operations it had done, by name."""
+def kill_and_check(server, path, kills, seed, longest, expected):
+    """Kill a bank many times; returns how many operations it had done, by name.
+
+    On a busy machine little may be done before a kill: there are more, until what is expected was.
+    """
     draw, done = random.Random(seed), {}
     MemoryBank(
         killed_bank.NUM_ROWS, killed_bank.WIDTH, killed_bank.VALUE_WIDTH, path=path, **OPTIONS
     ).close()
     rows, used, number = {}, set(), 0
-    for kill in range(kills):
+    for kill in range(4 * kills):
+        if kill >= kills and done.keys() >= expected:
+            break
         last = run_and_kill(server, path, number, seed, draw.uniform(0, longest))
         while number <= last:
             name = operation(seed, number, rows, used)[0]
@@ -93,5 +98,5 @@ def kill_and_check(server, path, kills, seed, longest):
 def test_nothing_acknowledged_is_lost(server, tmp_path, monkeypatch, kills, longest, expected):
     for module in (shards, folder):
         monkeypatch.setattr(module, "SHARD_ROWS", killed_bank.SHARD_ROWS)
-    done = kill_and_check(server, tmp_path / "bank", kills, kills, longest)
+    done = kill_and_check(server, tmp_path / "bank", kills, kills, longest, expected)
     assert done.keys() >= expected, done

@@ -17,6 +17,8 @@ QUICK = {
     "health_check_timeout_ms": 20_000,
     "health_check_failure_threshold": 4,
 }
+# Nobody looks at them, nor at the log.
+SILENT = {"include_dashboard": False, "include_log_monitor": False}
 # Actors import this tree, whatever is installed; one thread each, as the tests have.
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -28,8 +30,9 @@ def _cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_DEDUP_LOGS"] = "0"
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "60000"  # of nodes' load, which nobody reads
+    head = {"num_cpus": 0, "_system_config": QUICK}
+    cluster = Cluster(initialize_head=True, head_node_args=head | SILENT)
     nodes = [cluster.add_node(num_cpus=8) for _ in range(2)]
     ray.init(address=cluster.address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=False)
     yield SimpleNamespace(cluster=cluster, nodes=nodes, address=cluster.address)
