@@ -5,7 +5,7 @@ gradients `Metric.gradients`'. Letters: N rows of a table, W their width, n entr
 K rows of each.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 from __future__ import annotations
 
 import numpy as np
