@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PARTS = ("environment", "tests", "models", "banks", "ivf", "tuning")
-LONG = ("tests", "models")  # also with tiny sizes
+LONG = PARTS[1:]  # also with tiny sizes: seconds each, most of them to import torch
 
 
 @pytest.fixture
