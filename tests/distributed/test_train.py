@@ -182,8 +182,7 @@ def left_of(pids, patience=90.0):
 
 
 def test_the_command_line_stops_and_goes_on_and_leaves_nothing_behind(tmp_path):
-    # Trainers whose driver is gone get no further than some of the steps.
-    config = config_of(steps=150, evaluate_every=50)
+    config = config_of(steps=150)  # trainers whose driver is gone get no further than some of them
     (tmp_path / "config.yaml").write_text(dump_config(config))
     run = tmp_path / "run"
     first = command(tmp_path / "config.yaml", "--run", run, "--shards", 2, "--workers", WORKERS)
