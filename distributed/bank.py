@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsemem.bank.arguments import (
     check_bank_ids,
     check_bank_queries,
+    check_dtype,
     check_table,
     check_tags,
     check_ttl,
@@ -32,12 +33,15 @@ from sparsemem.checks import check_at_most, check_known, check_size
 from sparsemem.distributed.asking import Arguments
 from sparsemem.distributed.fetched import FetchedRows, FetchedTable, Moment
 from sparsemem.distributed.home import Manifest, lay_out
-from sparsemem.distributed.merging import NewRows, assembled, chosen, in_order
+from sparsemem.distributed.merging import Fetched, NewRows, assembled, chosen, in_order
 from sparsemem.distributed.placement import MISSING, Part, Placement
+from sparsemem.distributed.subkeys import check_product, of_values
 from sparsemem.distributed.transport import Transport
 from sparsemem.distributed.versions import Versioned
 from sparsemem.files import new_folder
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
+
+OwnKind = TypeVar("OwnKind", bound="ShardedBank")
 
 
 class ShardedBank(Versioned):
@@ -64,6 +68,8 @@ class ShardedBank(Versioned):
             docs/sharding.md says what that gives up.
     """
 
+    has_product_keys = False
+
     def __init__(
         self,
         path: str | Path,
@@ -75,6 +81,11 @@ class ShardedBank(Versioned):
         staleness: int = 0,
     ) -> None:
         super().__init__(Path(path), shards, worker, num_workers, wire_dtype, staleness)
+        if self._manifest.index == PRODUCT_KEY and not self.has_product_keys:
+            raise ValueError(
+                f"{path} is indexed by product keys, expected ShardedProductKeys(path, shards), of"
+                " sparsemem.distributed.product_keys"
+            )
 
     @staticmethod
     def create(
@@ -95,28 +106,30 @@ class ShardedBank(Versioned):
         Args:
             path: where it is to be; nothing is there yet, or an empty folder.
             num_shards: S, at most num_rows.
-            index: of each shard, over its rows; with as many lists as one bank would have.
+            index: of each shard, over its rows; with as many lists as one bank would have. A folder
+                with "product-key" is opened by `ShardedProductKeys(path, shards)`.
             sync: wait for the disk at each change, so that it outlives a machine without power.
             options: others of `MemoryBank`, such as min_recall.
         """
         Placement.of(num_rows, num_shards)
-        if index == PRODUCT_KEY:
-            raise ValueError("index is 'product-key', expected another: its rows are not written")
         for name in sorted(options.keys() & {"device", "path", "storage"}):
             raise ValueError(f"{name} is given, expected none: a shard's rows are in its memory")
+        sizes: dict[str, Any] = {"num_shards": num_shards, "num_rows": num_rows}
         check_known("initial", options.get("initial", "empty"), INITIAL)
         check_size("seed", options.get("seed", 0), 0)
         arguments = {"width": width, "value_width": value_width, "index": index, "metric": metric}
-        arguments |= {"dtype": str(dtype).removeprefix("torch."), **options}
-        sizes: dict[str, Any] = {"num_shards": num_shards, "num_rows": num_rows}
+        arguments |= {"dtype": str(check_dtype(dtype)).removeprefix("torch."), **options}
+        if index == PRODUCT_KEY:
+            check_product(num_rows, arguments)
+            arguments, sizes["product_width"] = of_values(arguments), width
         manifest = Manifest(bank=uuid.uuid4().hex, sync=sync, arguments=arguments, **sizes)
         manifest.new_bank(0, num_rows=1).close()  # whoever gives wrong arguments is told here
         path = check_new_place(path)
         with write_errors(path), new_folder(path) as folder:
-            lay_out(folder, manifest)
+            lay_out(folder, manifest, manifest.drawn()[0])
         return path
 
-    def as_worker(self, worker: int, of: int) -> ShardedBank:
+    def as_worker(self: OwnKind, worker: int, of: int) -> OwnKind:
         """The same shards for one of several workers, which trains on its share of each batch.
 
         With tables (so gradients and an optimiser) of its own: for a thread. A process makes its
@@ -124,7 +137,7 @@ class ShardedBank(Versioned):
         """
         options: dict[str, Any] = {"wire_dtype": self.wire_dtype, "staleness": self.staleness}
         shards = self.shards.another()
-        return ShardedBank(self.path, shards, worker=worker, num_workers=of, **options)
+        return type(self)(self.path, shards, worker=worker, num_workers=of, **options)
 
     def read(self, queries: Float[Tensor, "*Q W"], top_k: int) -> Hit:
         """The top_k best live rows of each query; as `MemoryBank.read`, from here or a GPU."""
@@ -135,16 +148,21 @@ class ShardedBank(Versioned):
         flat = queries.reshape(-1, self.width).to(here, self.computing_dtype)
         fetched, moment = self._fetched(flat.detach(), top_k)
         with torch.autocast(self.keys.device.type, enabled=False):
-            scored = (self.keys, flat, fetched, self, moment)
-            rows, scores = FetchedRows.apply(*scored)  # type: ignore[no-untyped-call]
-            values = rows
-            if fetched.values is not None:
-                own = (self.values, fetched.ids, (fetched.values,), self, moment)
-                values = FetchedTable.apply(*own)  # type: ignore[no-untyped-call]
-        shape, found = queries.shape[:-1], (rows, values, scores, fetched.ids)
-        return Hit(*(x.view(*shape, *x.shape[1:]).to(queries.device) for x in found))
+            hit = self._in_graph(flat, fetched, moment)
+        shape = queries.shape[:-1]
+        return Hit(*(x.view(*shape, *x.shape[1:]).to(queries.device) for x in hit))
 
     forward = read
+
+    def _in_graph(self, queries: Tensor, fetched: Fetched, moment: Moment) -> Hit:
+        """What was fetched for queries [Q, W], differentiable."""
+        scored = (self.keys, queries, fetched, self, moment)
+        rows, scores = FetchedRows.apply(*scored)  # type: ignore[no-untyped-call]
+        values = rows
+        if fetched.values is not None:
+            own = (self.values, fetched.ids, (fetched.values,), self, moment)
+            values = FetchedTable.apply(*own)  # type: ignore[no-untyped-call]
+        return Hit(rows, values, scores, fetched.ids)
 
     def append(
         self,
@@ -201,20 +219,28 @@ class ShardedBank(Versioned):
         if rows is None and values is None and tags is None and ttl is None:
             raise ValueError("nothing to write, expected rows, values, tags or ttl")
         if rows is not None:
-            rows = check_table("rows", rows, len(ids), self.width, self.keys)
+            rows = self._checked_rows(rows, len(ids))
         values = self._checked_values(values, len(ids))
         new_tags = None if tags is None else check_tags(tags, len(ids), self.keys.device)
         check_ttl(ttl)
-        parts = self.placement.split(ids)
-        if rows is None:
-            self._check_live(ids, parts, "expected rows to write there")
-        given = {"rows": rows, "values": values, "tags": new_tags}
+        tables = self._tables_to_write(ids, rows, values)
+        given = {**tables, "tags": new_tags}
 
         def arguments(part: Part) -> Arguments:
             return ({"ttl": ttl} | {name: share(x, part) for name, x in given.items()},)
 
+        parts = self.placement.split(ids)
         clocks = self._ask_owners("write_at", parts, arguments, self._tick())
-        self._wrote(ids[:0] if rows is None and values is None else ids, clocks)
+        is_anew = any(table is not None for table in tables.values())
+        self._wrote(ids if is_anew else ids[:0], clocks)
+
+    def _tables_to_write(
+        self, ids: Tensor, rows: Tensor | None, values: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """What the shards' tables are to hold at ids; None: what they do."""
+        if rows is None:
+            self._check_live(ids, "expected rows to write there")
+        return {"rows": rows, "values": values}
 
     def remove(
         self, ids: Int[Tensor, " n"] | None = None, *, tag: int | None = None
@@ -245,7 +271,7 @@ class ShardedBank(Versioned):
         """From now on rows take no gradient and do not give way to new ones. None: all live."""
         if ids is not None:
             check_bank_ids(ids, self.num_rows, self.keys.device)
-            self._check_live(ids, self.placement.split(ids), "only live rows can be frozen")
+            self._check_live(ids, "only live rows can be frozen")
         self._set_frozen(ids, True)
 
     def unfreeze(self, ids: Int[Tensor, " n"] | None = None) -> None:
@@ -350,10 +376,13 @@ class ShardedBank(Versioned):
         each = [(p.local, frozen) if len(p.local) else None for p in self.placement.split(ids)]
         self.shards.ask("freeze_at", each)
 
-    def _check_live(self, ids: Tensor, parts: list[Part], what: str) -> None:
-        live = assembled(parts, self._ask_parts("live_of", parts), len(ids))
+    def _check_live(self, ids: Tensor, what: str) -> None:
+        live = self._live(ids)
         if not live.all():
             raise ValueError(f"ids holds {int(ids[~live][0])}, which is not live: {what}")
+
+    def _checked_rows(self, rows: Tensor, count: int) -> Tensor:
+        return check_table("rows", rows, count, self.width, self.keys)
 
     def _checked_values(self, values: Tensor | None, count: int) -> Tensor | None:
         if values is None:

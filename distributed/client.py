@@ -74,9 +74,8 @@ class Client(Rowless):
 
     def extra_repr(self) -> str:
         """What a module prints of itself."""
-        given = self._manifest.arguments
         widths = str(self.width) if self.values is None else f"{self.width}, {self.value_width}"
-        kind = f"index={given['index']!r}, metric={given['metric']!r}"
+        kind = f"index={self._manifest.index!r}, metric={str(self.metric)!r}"
         return f"{self.num_rows}, {widths}, {kind}, num_shards={self.placement.num_shards}"
 
     def _settle(self, behind: int = 0) -> None:
@@ -141,6 +140,10 @@ class Client(Rowless):
         self._know(standing for _, standing in answers)
         return assembled(parts, [answer for answer, _ in answers], len(ids))
 
+    def _live(self, ids: Tensor) -> Tensor:
+        parts = self.placement.split(ids)
+        return assembled(parts, self._ask_parts("live_of", parts), len(ids))
+
     def _know(self, standings: Iterable[Standing]) -> None:
         for shard, standing in enumerate(standings):
             self._known.heard(shard, *standing)
@@ -163,6 +166,12 @@ class Client(Rowless):
         self._reads += 1
         return Counted(queries[some], found.ids.shape[1], found.scores[some, -1])
 
+    def _find(self, queries: Tensor, top_k: int) -> Found:
+        """Ids and scores of the best rows of all shards, by one call of the usage clock."""
+        parts: list[ShardFound] = self._ask("find", (queries, top_k, self._tick()))
+        self._know(part.standing for part in parts)
+        return merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
+
     def _fetched(self, queries: Tensor, top_k: int) -> tuple[Fetched, Moment]:
         """The best rows of all shards, an access of each; and what was known when they were found.
 
@@ -170,9 +179,7 @@ class Client(Rowless):
         left. What another client changes between the two is seen as it is then.
         """
         self._factors.clear()  # what was pushed belongs to a step that was not made
-        parts: list[ShardFound] = self._ask("find", (queries, top_k, self._tick()))
-        self._know(part.standing for part in parts)
-        found = merged(self.placement, [Found(*part[:2]) for part in parts], top_k, self.metric)
+        found = self._find(queries, top_k)
         owners = self.placement.split(found.ids.flatten())
         more = self.clock, self._batch, bool(self.wire_dtype), self._counted(queries, found)
         each = [(part.local, *more) if len(part.local) else None for part in owners]

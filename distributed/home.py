@@ -1,6 +1,7 @@
 """ShardHome: the folder that a shard comes back from.
 
     PATH/manifest.json                what is in force, and what the sharded bank is
+    PATH/subkeys-7.safetensors        sub-keys at version 7, where there are product keys
     PATH/shard-00001/lock             held by the process that has the shard
     PATH/shard-00001/checkpoint-7/    the shard at version 7 (none at version 0: it was empty)
     PATH/shard-00001/calls-7          what it was asked after that
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
+from torch import Tensor
 
 from sparsemem.bank.errors import BankError, DamagedError, write_errors
 from sparsemem.bank.recovery import claim
@@ -31,7 +33,9 @@ from sparsemem.distributed.calls import Call, CallLog, Logged
 from sparsemem.distributed.placement import Placement
 from sparsemem.distributed.server import BANK, ShardServer
 from sparsemem.distributed.shard import ShardBank
+from sparsemem.distributed.subkeys import new_subkeys, read_subkeys, write_subkeys
 from sparsemem.files import new_folder, replace_file, write_synced
+from sparsemem.indexes.factory import PRODUCT_KEY
 
 MANIFEST = "manifest.json"
 # Of a home, beside a server's.
@@ -53,6 +57,7 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     log: NonNegativeInt = 0  # the first log that counts: `version`, or after a `restore` more
     clock: NonNegativeInt = 0  # the callers' when the version was made
     kept: dict[NonNegativeInt, NonNegativeInt] = {}  # other versions, with the clock of each
+    product_width: PositiveInt | None = None  # W of product keys; the shards' rows are the values
 
     @property
     def clocks(self) -> dict[int, int]:
@@ -82,15 +87,37 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
         """Which shard owns what."""
         return Placement.of(self.num_rows, self.num_shards)
 
+    @property
+    def index(self) -> str:
+        """How rows are found."""
+        return self.arguments["index"] if self.product_width is None else PRODUCT_KEY
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tables."""
+        return getattr(torch, self.arguments["dtype"])  # type: ignore[no-any-return]
+
     def new_bank(self, shard: int, num_rows: int | None = None) -> ShardBank:
         """An empty bank for a shard (or one like it, of other size)."""
-        given = dict(self.arguments)
-        given["dtype"] = getattr(torch, given["dtype"])
-        initial, seed = given.pop("initial", "empty"), given.pop("seed", 0)
+        given = {**self.arguments, "dtype": self.dtype}
+        initial, _ = given.pop("initial", "empty"), given.pop("seed", 0)
         bank = ShardBank(num_rows or self.placement.rows_of(shard), **given)
-        if initial == "normal" and num_rows is None:
-            bank.fill_share(shard, self.num_shards, self.num_rows, seed)
+        if num_rows is None and (initial == "normal" or self.product_width is not None):
+            generator = self.drawn()[1] if initial == "normal" else None
+            bank.fill_share(shard, self.num_shards, self.num_rows, generator)
         return bank
+
+    def drawn(self) -> tuple[Tensor | None, torch.Generator]:
+        """The sub-keys at the start, if there are any; and the numbers after them."""
+        generator = torch.Generator().manual_seed(self.arguments.get("seed", 0))
+        if self.product_width is None:
+            return None, generator
+        return new_subkeys(self.num_rows, self.product_width, self.dtype, generator), generator
+
+    def subkeys(self, path: Path) -> Tensor:
+        """Those of the version in force, from the bank's folder."""
+        assert self.product_width is not None
+        return read_subkeys(path, self.version, self.num_rows, self.product_width, self.dtype)
 
     def log_id(self, shard: int) -> str:
         """The id of a shard's logs: a log in the wrong place is not taken for its own."""
@@ -126,12 +153,14 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         replace_file(path / MANIFEST, encode_manifest(manifest))
 
 
-def lay_out(path: Path, manifest: Manifest) -> None:
+def lay_out(path: Path, manifest: Manifest, subkeys: Tensor | None) -> None:
     """The files of a sharded bank, at the manifest's version, in a folder; but for checkpoints."""
     for shard in range(manifest.num_shards):
         folder = folder_of(path, shard)
         folder.mkdir(exist_ok=True)
         manifest.begin_log(folder, shard, manifest.log).close()
+    if subkeys is not None:
+        write_subkeys(path, manifest.version, subkeys)
     write_synced(path / MANIFEST, encode_manifest(manifest))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsemem.bank import MemoryBank
 from sparsemem.bank.book import COLUMNS
-from sparsemem.bank.errors import BankError, write_errors
+from sparsemem.bank.errors import write_errors
 from sparsemem.bank.folder import check_new_place
 from sparsemem.bank.manifest import MANIFEST, Arguments
 from sparsemem.bank.recovery import open_folder, read_bank
@@ -36,8 +36,8 @@ from sparsemem.distributed.home import (
 )
 from sparsemem.distributed.placement import Placement
 from sparsemem.distributed.server import ShardServer
+from sparsemem.distributed.subkeys import of_pairs, of_values
 from sparsemem.files import new_folder
-from sparsemem.indexes.factory import PRODUCT_KEY
 
 FIRST = 1  # version of a bank that is made of another
 
@@ -55,6 +55,7 @@ class Whole:
     def __init__(self, arguments: Arguments, sync: bool) -> None:
         self.arguments, self.num_rows, self.sync = arguments, arguments.num_rows, sync
         self.columns: dict[str, Tensor] = {}
+        self.subkeys: Tensor | None = None  # with product keys: then the rows are the values
         self.states: dict[str, States] = {}
         self.clock = self.batches = self.last_written = 0
 
@@ -102,9 +103,8 @@ class Whole:
 
 def columns_of(bank: MemoryBank) -> Iterator[tuple[str, Tensor]]:
     """The tables, and the columns of the book."""
-    yield "keys", bank.keys.data
-    if bank.values is not None:
-        yield "values", bank.values.data
+    for name, table in zip(("keys", "values"), bank.tables, strict=False):
+        yield name, table.data
     for name, _ in COLUMNS:
         yield name, getattr(bank.book, name)
 
@@ -125,15 +125,24 @@ def read_plain(path: Path) -> Whole:
     """A `MemoryBank`'s folder."""
     manifest, lock = open_folder(path)
     try:
-        if manifest.arguments.index == PRODUCT_KEY:
-            raise BankError(f"{path} is indexed by product keys, which cannot be sharded")
         bank, _, _ = read_bank(MemoryBank, path, manifest, storage=RAM, device=None)
     finally:
         if lock is not None:
             os.close(lock)
     whole = Whole(manifest.arguments, manifest.sync)
+    if bank.has_product_keys:
+        whole.arguments = Arguments(**of_values(manifest.arguments.model_dump()))
+        whole.subkeys = bank.keys.data
     whole.enter(bank, every(0, 1))
     bank.close()
+    return whole
+
+
+def begun(path: Path, manifest: Manifest) -> Whole:
+    """What a sharded bank holds beside its shards."""
+    whole = Whole(Arguments(num_rows=manifest.num_rows, **manifest.arguments), manifest.sync)
+    whole.clock = manifest.clock
+    whole.subkeys = None if manifest.product_width is None else manifest.subkeys(path)
     return whole
 
 
@@ -141,8 +150,7 @@ def read_sharded(path: Path) -> Whole:
     """A sharded bank's folder: the version in force, and all that was answered since."""
     with claimed(path, read_manifest(path).num_shards):
         manifest = read_manifest(path)
-        whole = Whole(Arguments(num_rows=manifest.num_rows, **manifest.arguments), manifest.sync)
-        whole.clock = manifest.clock
+        whole = begun(path, manifest)
         for shard in range(manifest.num_shards):
             folder, own = folder_of(path, shard), every(shard, manifest.num_shards)
             history = read_history(folder, manifest, shard)
@@ -177,8 +185,9 @@ def write_sharded(folder: Path, whole: Whole, num_shards: int) -> None:
         version=FIRST,
         log=FIRST,
         clock=whole.clock,
+        product_width=None if whole.subkeys is None else 2 * whole.subkeys.shape[2],
     )
-    lay_out(folder, manifest)
+    lay_out(folder, manifest, whole.subkeys)
     for shard in range(num_shards):
         server, own = ShardServer(manifest.new_bank(shard)), every(shard, num_shards)
         whole.fill(server.bank, own)
@@ -192,7 +201,11 @@ def write_sharded(folder: Path, whole: Whole, num_shards: int) -> None:
 def plain_bank(whole: Whole) -> MemoryBank:
     """A `MemoryBank` with all of it but the optimisers' states."""
     given = {**whole.given(), "dtype": getattr(torch, whole.arguments.dtype)}
+    if whole.subkeys is not None:
+        given = of_pairs(given, 2 * whole.subkeys.shape[2])
     bank = MemoryBank(whole.num_rows, **given)
+    if whole.subkeys is not None:
+        bank.keys.data.copy_(whole.subkeys)
     whole.fill(bank, every(0, 1))
     return bank
 

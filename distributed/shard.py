@@ -57,18 +57,16 @@ class ShardBank(MemoryBank):
         self._open: dict[str, Tally] = {}  # batches of the background, by the callers' names
 
     @torch.no_grad()
-    def fill_share(self, shard: int, num_shards: int, num_rows: int, seed: int) -> None:
-        """All rows are there from the start, those that one bank of `num_rows` would have."""
-        generator = torch.Generator().manual_seed(seed)
-        for table in self.tables:
-            width = table.shape[1]
-            step = max(1, FILLED_AT_ONCE // width)
-            for start in range(0, num_rows, step):
-                part = torch.empty(min(step, num_rows - start), width)
-                fill_normal(part, generator, width**-0.5)
-                own = part[(shard - start) % num_shards :: num_shards]
-                first = (start + num_shards - 1 - shard) // num_shards
-                table[first : first + len(own)] = own.to(table.dtype)
+    def fill_share(
+        self, shard: int, num_shards: int, num_rows: int, generator: torch.Generator | None
+    ) -> None:
+        """All rows are there from the start, those that one bank of `num_rows` would have.
+
+        generator: of their numbers; None: they are zeros.
+        """
+        if generator is not None:
+            for table in self.tables:
+                draw_share(table, shard, num_shards, num_rows, generator)
         self.book.live.fill_(True)
         self.rebind()
 
@@ -269,3 +267,21 @@ class ShardBank(MemoryBank):
     def _reach(self, time: int) -> None:
         with self.book._lock:
             self.book.clock.clamp_(min=time)
+
+
+def draw_share(
+    table: Float[Tensor, "n W"],
+    shard: int,
+    num_shards: int,
+    num_rows: int,
+    generator: torch.Generator,
+) -> None:
+    """A shard's share of `num_rows` rows of random numbers N(0, 1/W)."""
+    width = table.shape[1]
+    step = max(1, FILLED_AT_ONCE // width)
+    for start in range(0, num_rows, step):
+        part = torch.empty(min(step, num_rows - start), width)
+        fill_normal(part, generator, width**-0.5)
+        own = part[(shard - start) % num_shards :: num_shards]
+        first = (start + num_shards - 1 - shard) // num_shards
+        table[first : first + len(own)] = own.to(table.dtype)

@@ -9,6 +9,7 @@ from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.cluster import Wanted
 from sparsemem.distributed.transport import LocalShards
+from sparsemem.indexes.factory import PRODUCT_KEY
 from sparsemem.models.registry import bank_argument
 from sparsemem.training.banks import NoBank, bank_arguments, check_bank_section
 from sparsemem.training.config import Config
@@ -67,6 +68,12 @@ def check_wanted(config: Config, wanted: Wanted) -> None:
                 " same process: expected 'memory-lstm', or no --shards"
             )
         check_at_most("--shards", wanted.shards, "bank.num_rows", config.bank.num_rows)
+        if config.bank.index == PRODUCT_KEY:
+            raise ConfigError(
+                "bank.index is 'product-key', expected another with --shards: sub-keys are no"
+                " rows, which are all that a run trains in shards (a program of your own may train"
+                " them: ShardedProductKeys)"
+            )
     if config.training.device not in ("cpu", "cuda"):
         raise ConfigError(
             f"training.device is {config.training.device!r}, expected 'cpu' or 'cuda': with"

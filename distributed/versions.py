@@ -8,10 +8,9 @@ from typing import Any
 
 from sparsemem.bank import MemoryBank
 from sparsemem.bank.errors import BankError
-from sparsemem.bank.manifest import Arguments
 from sparsemem.distributed.fetched import Known
 from sparsemem.distributed.home import Manifest, read_checkpoint, read_manifest, write_manifest
-from sparsemem.distributed.reshard import Whole, every, plain_bank
+from sparsemem.distributed.reshard import Whole, begun, every, plain_bank
 from sparsemem.distributed.stepping import Stepping
 
 
@@ -95,8 +94,7 @@ def read_version(path: str | Path, version: int | None = None) -> MemoryBank:
 
 def whole_version(path: Path, manifest: Manifest) -> Whole:
     """All that the shards' banks held at the manifest's version."""
-    whole = Whole(Arguments(num_rows=manifest.num_rows, **manifest.arguments), manifest.sync)
-    whole.clock = manifest.clock
+    whole = begun(path, manifest)
     for shard in range(manifest.num_shards):
         bank = read_checkpoint(path, manifest, shard)
         whole.enter(bank, every(shard, manifest.num_shards))

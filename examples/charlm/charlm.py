@@ -10,9 +10,12 @@ import os
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,14 @@ from tqdm import tqdm
 
 from sparsemem import MemoryLayer
 from sparsemem.bank import MemoryBank
+from sparsemem.bank.contract import Bank
 from sparsemem.optim import RowAdamW, clip_grad_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SPARSEMEM_DATA", ROOT.parent / "shared" / "data"))
 RUNS = Path("runs/charlm")
 VARIANTS = ("dense", "memory")
+MakeBank = Callable[..., Bank]
 Point = dict[str, float]  # step, seconds, and losses in nats a character by name
 WARM_UP, END = 50, 0.1  # steps; share of the learning rate that is left at the end
 NORM = 1.0  # that gradients are clipped to
@@ -144,14 +149,62 @@ class CharLM(nn.Module):
         return F.cross_entropy(self(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
 
-def build(variant: str, alphabet: int, size: Size, seed: int = 0) -> CharLM:
+@contextmanager
+def bank_maker(shards: int, folder: Path) -> Iterator[MakeBank]:
+    """What makes the bank: in this process, or over Ray processes, which end with the block.
+
+    folder: where the shards' folder is meanwhile.
+    """
+    if not shards:
+        yield MemoryBank
+        return
+    from sparsemem.distributed.bank import ShardedBank
+    from sparsemem.distributed.cluster import Group, Resources
+    from sparsemem.distributed.connecting import connected
+    from sparsemem.distributed.product_keys import ShardedProductKeys
+    from sparsemem.distributed.rayshards import RayShards
+
+    with TemporaryDirectory(dir=folder) as place, ExitStack() as banks:
+        group = Group("shard", shards, Resources(cpus=1.0, gpus=0.0, memory=0.0))
+        banks.enter_context(connected(None, [group]))
+
+        def make(*sizes: int, **options: Any) -> ShardedProductKeys:
+            new = Path(place).absolute() / "bank"
+            path = ShardedBank.create(new, *sizes, num_shards=shards, **options)
+            bank = ShardedProductKeys(path, RayShards.start(path))
+            banks.callback(bank.close)
+            return bank
+
+        yield make
+
+
+def bank_of(model: CharLM) -> Any:
+    """The bank that all memories of a model share, a `MemoryBank` or a `ShardedProductKeys`."""
+    return next(layer.bank for layer in model.modules() if isinstance(layer, MemoryLayer))
+
+
+def bring_here(model: CharLM) -> None:
+    """Bring the rows of a sharded bank into this process, for the model to be saved with them."""
+    from sparsemem.distributed.versions import read_version
+
+    bank = bank_of(model)
+    bank.save()
+    here = read_version(bank.path)
+    for layer in model.modules():
+        if isinstance(layer, MemoryLayer):
+            layer.bank = here
+
+
+def build(
+    variant: str, alphabet: int, size: Size, seed: int = 0, make_bank: MakeBank = MemoryBank
+) -> CharLM:
     """The transformer with memories, or with dense blocks of as many multiply-adds in their place.
 
     All memories are one bank.
     """
     torch.manual_seed(seed)
     # Values start at zero: a slot says nothing before it is trained.
-    bank = MemoryBank(
+    bank = make_bank(
         size.num_rows, size.key_width, size.value_width, index="product-key", metric="ip"
     )
     memory = partial(MemoryLayer, size.dim, bank, size.queries, size.top_k)

@@ -42,6 +42,7 @@ from charlm import (
     Point,
     Size,
     Text,
+    bank_of,
     build,
     encode,
     fit,
@@ -52,8 +53,6 @@ from charlm import (
 )
 from safetensors.torch import load_model
 
-from sparsemem import MemoryLayer
-from sparsemem.bank import MemoryBank
 from sparsemem.checks import nearest
 
 matplotlib.use("Agg")
@@ -63,11 +62,6 @@ METHODS = {"selected": "tab:green", "read": "tab:orange", "full": "tab:purple"}
 BACKGROUND = 200  # batches of the first text that tell which rows it uses
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Runs = Annotated[Path, typer.Option(help="Folder with memory.safetensors; the curves go there.")]
-
-
-def bank_of(model: CharLM) -> MemoryBank:
-    """The bank that all memories of a model share."""
-    return next(layer.bank for layer in model.modules() if isinstance(layer, MemoryLayer))
 
 
 @torch.no_grad()

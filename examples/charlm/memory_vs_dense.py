@@ -11,7 +11,8 @@ each variant has its own best learning rates of those tried.
     memory                      681,216             1.607        14
 
     python examples/charlm/memory_vs_dense.py train dense
-    python examples/charlm/memory_vs_dense.py train memory
+    python examples/charlm/memory_vs_dense.py train memory              # --shards 4: its values
+                                                                        # over 4 Ray processes
     python examples/charlm/memory_vs_dense.py draw
 """
 
@@ -30,8 +31,13 @@ from charlm import (
     RUNS,
     VARIANTS,
     CharLM,
+    MakeBank,
+    Point,
     Size,
     Text,
+    bank_maker,
+    bank_of,
+    bring_here,
     build,
     encode,
     fit,
@@ -44,6 +50,7 @@ from charlm import (
 from safetensors.torch import save_model
 
 from sparsemem import MemoryLayer
+from sparsemem.bank import MemoryBank
 from sparsemem.checks import nearest
 
 matplotlib.use("Agg")
@@ -67,18 +74,28 @@ def train(
     rates: tuple[float, float],
     every: int,
     seed: int = 0,
+    make_bank: MakeBank = MemoryBank,
 ) -> tuple[CharLM, dict[str, Any]]:
     """Train one variant: the model, and its curve with what it was trained with."""
-    model = build(variant, alphabet, size, seed)
+    model = build(variant, alphabet, size, seed, make_bank)
+    is_sharded = make_bank is not MemoryBank
     print(arithmetic(model, size))
+
+    def evaluate() -> Point:
+        if is_sharded:
+            bank_of(model).save()  # or the shards' logs would hold the gradients of all steps
+        return {"valid": validate(model, text, size.context)}
+
     points = fit(
         model,
         text.batches(steps, batch_size, size.context, seed),
         steps,
         optimiser_of(model, *rates),
-        lambda: {"valid": validate(model, text, size.context)},
+        evaluate,
         every,
     )
+    if is_sharded:
+        bring_here(model)
     about = {"steps": steps, "batch_size": batch_size, "rates": rates, "seed": seed}
     return model, {**about, "multiply_adds": multiply_adds(model), "points": points}
 
@@ -109,26 +126,31 @@ def train_command(
     threads: int = 1,
     data: Path = DATA,
     runs: Runs = RUNS,
+    shards: Annotated[int, typer.Option(min=0, help="Of the memory; 0: in this process.")] = 0,
 ) -> None:
     """Train one variant on tiny Shakespeare and write its curve."""
     if variant not in VARIANTS:
         raise typer.BadParameter(f"variant is {variant!r}, {nearest(variant, VARIANTS)}")
+    if shards and variant != "memory":
+        raise typer.BadParameter(f"--shards is {shards}, expected it with variant 'memory'")
     torch.set_num_threads(threads)
     raw = shakespeare(data)
     alphabet = "".join(sorted(set(raw)))
     rates = (learning_rate or RATES[variant][0], row_learning_rate or RATES[variant][1])
-    model, curve = train(
-        variant,
-        encode(raw, alphabet),
-        len(alphabet),
-        Size(),
-        steps=steps,
-        batch_size=batch_size,
-        rates=rates,
-        every=every,
-        seed=seed,
-    )
     runs.mkdir(parents=True, exist_ok=True)
+    with bank_maker(shards, runs) as make_bank:
+        model, curve = train(
+            variant,
+            encode(raw, alphabet),
+            len(alphabet),
+            Size(),
+            steps=steps,
+            batch_size=batch_size,
+            rates=rates,
+            every=every,
+            seed=seed,
+            make_bank=make_bank,
+        )
     (runs / f"{variant}.json").write_text(json.dumps(curve, indent=1))
     save_model(model, str(runs / f"{variant}.safetensors"))
 

@@ -23,6 +23,7 @@ from sparsemem.bank.rows import (
 from sparsemem.bank.store import RowStore
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.indexes.base import Found
+from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.triton_switch import use_triton
 
 if TYPE_CHECKING:
@@ -66,11 +67,20 @@ def find(bank: MemoryBank, queries: Float[Tensor, "*Q W"], top_k: int) -> Readin
 def _scored(
     bank: MemoryBank, queries: Tensor, found: Found, complete: bool
 ) -> tuple[Tensor, Tensor]:
-    if not bank.has_product_keys:
-        return gather_scored(bank.keys, queries, found, bank, complete)
-    rows = gather_pairs(bank.keys, found.ids, bank.computing_dtype)
-    scores = bank.metric.scores(queries, rows)
-    return rows, scores.masked_fill(found.ids < 0, bank.metric.missing)
+    if bank.has_product_keys:
+        return scored_pairs(bank.keys, queries, found.ids, bank.metric)
+    return gather_scored(bank.keys, queries, found, bank, complete)
+
+
+def scored_pairs(
+    subkeys: Float[Tensor, "2 S D"],
+    queries: Float[Tensor, "Q W"],
+    ids: Int[Tensor, "Q K"],
+    metric: Metric,
+) -> tuple[Float[Tensor, "Q K W"], Float[Tensor, "Q K"]]:
+    """Rows of product keys at ids and their scores, in the queries' dtype; differentiable."""
+    rows = gather_pairs(subkeys, ids, queries.dtype)
+    return rows, metric.scores(queries, rows).masked_fill(ids < 0, metric.missing)
 
 
 def read_sum(

@@ -120,7 +120,6 @@ def test_copies_and_moves_are_refused():
         ({"min_recall": 1.5}, "min_recall is 1.5, expected a number from 0 to 1"),
         ({"nprobe": 3}, "unknown option 'nprobe' of index 'exact'"),
         ({"storage": "/tmp/x"}, "storage is given, expected none: a shard's rows are in its mem"),
-        ({"index": "product-key"}, "index is 'product-key', expected another"),
         ({"num_shards": 7}, "num_shards is 7, expected at most num_rows = 6"),
     ],
 )

@@ -1,11 +1,14 @@
 """The character language models: equal arithmetic, learning, and what continual learning leaves."""
 
+import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -139,6 +142,38 @@ def test_commands(example, small, texts, tmp_path, monkeypatch):
     refused = runner.invoke(memory_vs_dense.app, ["train", "densa"])
     assert refused.exit_code == 2
     assert "did you mean 'dense'?" in refused.output
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_over_shards_it_comes_to_the_same(example, small, tmp_path, monkeypatch):
+    program = example[1]
+    monkeypatch.setattr(program, "Size", lambda: replace(small, memory_blocks=(0, 1)))
+    monkeypatch.setattr(program, "shakespeare", lambda data: (LINE + OTHER) * 20)
+    found = []
+    for shards in (0, 2):
+        runs = tmp_path / str(shards)
+        short = ("--steps", "6", "--batch-size", "2", "--every", "3", "--shards", str(shards))
+        result = CliRunner().invoke(program.app, ["train", "memory", *short, "--runs", str(runs)])
+        assert result.exit_code == 0, result.output
+        points = json.loads((runs / "memory.json").read_text())["points"]
+        for point in points:
+            del point["seconds"]
+        assert sorted(path.name for path in runs.iterdir()) == ["memory.json", "memory.safetensors"]
+        found.append((points, load_file(runs / "memory.safetensors")))
+    (points, tensors), (sharded_points, sharded_tensors) = found
+    assert points == sharded_points
+    assert points[-1]["valid"] < points[0]["valid"]
+    assert tensors.keys() == sharded_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, sharded_tensors[name]), name
+
+
+def test_shards_are_for_the_memory(example, tmp_path):
+    given = ["train", "dense", "--shards", "2", "--runs", str(tmp_path)]
+    refused = CliRunner().invoke(example[1].app, given)
+    assert refused.exit_code == 2
+    assert "--shards is 2, expected it with variant" in refused.output
 
 
 def test_real_texts(example, data_dir):

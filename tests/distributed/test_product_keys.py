@@ -1,0 +1,380 @@
+"""Product keys over shards are those of one bank: what is read, learned, written and kept."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sparsemem import MemoryBank
+from sparsemem.bank.errors import BankError, DamagedError
+from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.product_keys import ShardedProductKeys
+from sparsemem.distributed.reshard import reshard
+from sparsemem.distributed.transport import LocalShards
+from sparsemem.distributed.versions import read_version
+from sparsemem.layers import MemoryLayer
+from sparsemem.optim import RowAdamW, clip_grad_norm
+from tests.oracles.sharded import rows_of_tables, sharded, snapshot
+
+SHARDS = pytest.mark.parametrize("num_shards", [1, 3, 4])
+N, WIDTH, VALUE_WIDTH = 25, 6, 3
+
+
+def pair(num_shards, **options):
+    """One bank and a sharded one of the same rows."""
+    given = {"index": "product-key", "metric": "ip", "initial": "normal", **options}
+    sizes = (N, WIDTH, VALUE_WIDTH)
+    return MemoryBank(*sizes, **given), sharded(num_shards, *sizes, **given)
+
+
+def random(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def read_both(banks, queries, top_k=4):
+    """What both read, equal to the last bit."""
+    hits = [bank.read(queries, top_k) for bank in banks]
+    assert all(map(torch.equal, *hits))
+    return hits
+
+
+def check_same(one, many):
+    """All that both hold is the same, to the last bit."""
+    assert torch.equal(one.keys, many.keys)
+    assert all(map(torch.equal, snapshot(one), snapshot(many)))
+
+
+@SHARDS
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("initial", ["normal", "empty"])
+def test_reads_and_gradients_are_those_of_one_bank(num_shards, metric, initial):
+    banks = pair(num_shards, metric=metric, initial=initial, seed=3)
+    check_same(*banks)
+    results = []
+    for bank in banks:
+        asked = random(2, 7, WIDTH).requires_grad_()
+        hit = bank.read(asked, 5)
+        of_values = (hit.values + 1).pow(3).sum()
+        (hit.scores.square().sum() + hit.rows.sin().sum() + of_values).backward()
+        assert not bank.keys.grad.is_sparse
+        values = bank.values.grad.coalesce()
+        results.append((*hit, asked.grad, bank.keys.grad, values.indices(), values.values()))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert results[0][0].shape == (2, 7, 5, WIDTH)
+    check_same(*banks)  # accesses and clock, too
+
+
+@SHARDS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_other_dtypes(num_shards, dtype):
+    banks = pair(num_shards, dtype=dtype)
+    check_same(*banks)
+    hit, _ = read_both(banks, random(4, WIDTH, dtype=torch.float64))
+    assert hit.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+class Net(nn.Module):
+    """Two layers over one bank, as the character model may have them."""
+
+    def __init__(self, bank):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(MemoryLayer(4, bank, 2, 3) for _ in range(2))
+
+    def loss(self, output, target):
+        for layer in self.layers:
+            output = output + layer(output)
+        return (output - target).square().mean()
+
+
+def groups(model):
+    """The character model's: values have a learning rate of their own, and do not decay."""
+    named = dict(model.named_parameters())
+    values = [x for name, x in named.items() if name.endswith("bank.values")]
+    rest = [x for name, x in named.items() if not name.endswith("bank.values")]
+    assert len(values) == 1
+    assert any(name.endswith("bank.keys") for name in named)
+    return [
+        {"params": rest, "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1},
+        {"params": values, "lr": 0.1, "weight_decay": 0.0},
+    ]
+
+
+@SHARDS
+@pytest.mark.usefixtures("plain_errors")  # in a quarter of the time
+def test_training_gives_the_same_losses_and_rows(num_shards):
+    banks, losses = pair(num_shards, initial="empty"), []
+    before = banks[0].keys.detach().clone()
+    for bank in banks:
+        model = Net(bank)
+        optimiser = RowAdamW(groups(model))
+        own = []
+        for step in range(20):
+            loss = model.loss(random(2, 3, 4, seed=step), random(2, 3, 4, seed=100 + step))
+            loss.backward()
+            clip_grad_norm(model.parameters(), 0.3)
+            optimiser.step()
+            optimiser.zero_grad()
+            own.append(loss.item())
+        losses.append(own)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != losses[0][0]
+    assert not torch.equal(before, banks[1].keys)
+    assert rows_of_tables(banks[1])[0].any(1).sum() > 10
+    check_same(*banks)
+
+
+@SHARDS
+def test_writing_freezing_and_tags(num_shards):
+    banks = pair(num_shards)
+    for bank in banks:
+        bank.write(torch.tensor([7, 2, 24]), values=random(3, VALUE_WIDTH), tags=5)
+        bank.freeze(torch.tensor([2, 3]))
+        bank.write(torch.tensor([4]), tags=6)
+        hit = bank.read(random(9, WIDTH), 6)
+        hit.values.sum().backward()
+        bank.write(torch.tensor([8]), values=torch.ones(1, VALUE_WIDTH))
+        assert bank.tags_of(torch.tensor([2, 4, -1, 0])).tolist() == [5, 6, 0, 0]
+        assert bank.capacity() == N - 2
+    grads = [bank.values.grad.to_dense() for bank in banks]
+    assert torch.equal(*grads)
+    assert not grads[0][[2, 3, 8]].any()
+    assert grads[0].any()
+    check_same(*banks)
+
+
+@SHARDS
+def test_rows_that_go_and_come_back(num_shards):
+    banks, queries = pair(num_shards), random(9, WIDTH)
+    best = read_both(banks, queries, 1)[0].ids.unique()
+    for bank in banks:
+        assert torch.equal(bank.remove(best), best)
+    hit, _ = read_both(banks, queries, N)
+    assert not torch.isin(hit.ids, best).any()
+    assert (hit.ids < 0).sum() == len(best) * len(queries)
+    for bank in banks:
+        bank.write(best[:1], tags=3, ttl=2)  # its value is zeros now
+    hit, _ = read_both(banks, queries)
+    assert not hit.values[hit.ids == best[0]].any()
+    assert (hit.ids == best[0]).any()
+    for _ in range(2):  # and its time goes by
+        hit, _ = read_both(banks, queries)
+    assert not (hit.ids == best[0]).any()
+    for bank in banks:
+        bank.write(best, values=random(len(best), VALUE_WIDTH))
+    hit, _ = read_both(banks, queries)
+    assert torch.equal(hit.ids[:, 0].unique(), best)
+    check_same(*banks)
+
+
+def test_a_time_that_is_over_at_the_very_write():
+    banks = pair(3)
+    for bank in banks:
+        bank.write(torch.tensor([4]), values=torch.ones(1, VALUE_WIDTH), ttl=1)
+        bank.write(torch.tensor([5]), tags=1)
+        bank.write(torch.tensor([4]), tags=2)
+    read_both(banks, random(9, WIDTH), N)
+    check_same(*banks)
+
+
+def test_what_another_client_removes_is_not_found():
+    _, bank = pair(3)
+    other = ShardedProductKeys(bank.path, bank.shards)
+    best = bank.read(random(1, WIDTH), 1).ids[0]
+    other.remove(best)
+    assert bank.read(random(1, WIDTH), 1).ids[0] != best
+    other.write(best, values=torch.ones(1, VALUE_WIDTH))
+    assert torch.equal(bank.read(random(1, WIDTH), 1).values[0], torch.ones(1, VALUE_WIDTH))
+
+
+@SHARDS
+def test_selected_rows_alone_are_trained(num_shards):
+    banks = pair(num_shards)
+    for bank in banks:
+        with bank.background():
+            bank.read(random(6, WIDTH, seed=2), 3)
+        hit = bank.read(random(5, WIDTH), 3)
+        selected = bank.select(top=4)
+        hit.values.sum().backward()
+        rows = bank.values.grad.coalesce().indices()[0]
+        assert torch.equal(rows, selected)
+    assert torch.equal(*(bank.select(top=4) for bank in banks))
+    check_same(*banks)
+
+
+def test_a_bank_with_product_keys_refuses_the_same(plain_errors):
+    for bank in pair(2):
+        ids, rows = torch.tensor([0]), torch.zeros(1, WIDTH)
+        with pytest.raises(ValueError, match="append is not for product keys: their rows are all"):
+            bank.append(rows)
+        with pytest.raises(ValueError, match="rows is given, expected None with product keys: th"):
+            bank.write(ids, rows)
+        with pytest.raises(ValueError, match=r"values has shape \[1, 6\], expected \[1, 3\]"):
+            bank.write(ids, values=rows)
+        with pytest.raises(ValueError, match="nothing to write, expected rows, values, tags or"):
+            bank.write(ids)
+        with pytest.raises(ValueError, match=r"queries has shape \[2, 5\], expected \[..., 6\]"):
+            bank.read(torch.zeros(2, 5), 1)
+
+
+@pytest.mark.usefixtures("plain_errors")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_rows": 24}, "num_rows is 24, expected a perfect square"),
+        ({"width": 5}, "width is 5, expected an even one"),
+        ({"value_width": None}, "value_width is None, expected a width"),
+        ({"metric": "cosine"}, "metric is 'cosine', expected 'ip' or 'l2'"),
+        ({"background": False}, "background"),
+        ({"dtype": torch.int8}, r"dtype is torch.int8, expected one of"),
+    ],
+)
+def test_what_makes_no_product_keys_is_refused_as_by_one_bank(options, message, tmp_path):
+    given = {"num_rows": N, "width": WIDTH, "value_width": VALUE_WIDTH, "metric": "ip", **options}
+    for make in (MemoryBank, partial(ShardedBank.create, tmp_path / "x", num_shards=2)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            make(index="product-key", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_kind_of_folder_has_its_class(tmp_path):
+    _, bank = pair(2)
+    with pytest.raises(ValueError, match=r"indexed by product keys, expected ShardedProductKeys"):
+        ShardedBank(bank.path, bank.shards)
+    path = ShardedBank.create(tmp_path / "plain", N, WIDTH, num_shards=2)
+    with pytest.raises(ValueError, match=r"has no product keys, expected ShardedBank\(path, shard"):
+        ShardedProductKeys(path, LocalShards(path))
+
+
+def step(bank, seed, optimiser=None):
+    """Something is learned."""
+    optimiser = optimiser or RowAdamW([bank.keys, bank.values], lr=0.1)
+    optimiser.zero_grad()
+    hit = bank.read(random(4, WIDTH, seed=seed), 3)
+    (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum(-2).square().sum().backward()
+    optimiser.step()
+    return [bank.keys.detach().clone(), *snapshot(bank)]
+
+
+def is_same(one, other):
+    return all(map(torch.equal, one, other))
+
+
+def test_versions_hold_sub_keys_and_values():
+    _, bank = pair(3)
+    first = step(bank, 1)
+    written = []
+    bank.save(written.append)
+    second = step(bank, 2)
+    bank.save(keep=written)
+    third = step(bank, 3)
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(second[0], third[0])
+    plain = read_version(bank.path)
+    assert is_same(second, [plain.keys, *snapshot(plain)])
+    assert read_version(bank.path, written[0]).keys.equal(first[0])
+    bank.restore()
+    assert is_same(second, [bank.keys, *snapshot(bank)])
+    bank.restore(written[0])
+    assert is_same(first, [bank.keys, *snapshot(bank)])
+    assert is_same(step(bank, 2), second)  # as if nothing had happened since
+    bank.save()
+    assert [file.name for file in bank.path.glob("subkeys-*")] == [
+        f"subkeys-{version}.safetensors" for version in bank.versions
+    ]
+
+
+def test_a_folder_that_is_opened_again_goes_on():
+    _, bank = pair(3)
+    step(bank, 1)
+    bank.save()
+    saved, later = bank.keys.detach().clone(), step(bank, 2)
+    bank.close()
+    again = ShardedProductKeys(bank.path, LocalShards(bank.path))
+    assert is_same(later[1:], snapshot(again))  # what shards have answered
+    assert torch.equal(again.keys, saved)  # sub-keys are those of the version
+    again.restore()
+    assert not is_same(later[1:], snapshot(again))
+    again.close()
+
+
+def test_a_save_that_failed_leaves_the_version_before(plain_errors):
+    _, bank = pair(2)
+    before = [bank.keys.detach().clone(), *snapshot(bank)]
+
+    def fails(version):
+        raise RuntimeError("no")
+
+    step(bank, 1)
+    with pytest.raises(RuntimeError, match="no"):
+        bank.save(fails)
+    assert bank.versions == (0,)
+    bank.restore()
+    assert is_same(before, [bank.keys, *snapshot(bank)])
+
+
+def test_sub_keys_that_are_missing_or_damaged_are_told(plain_errors):
+    _, bank = pair(2)
+    place = bank.path / "subkeys-0.safetensors"
+    whole = place.read_bytes()
+    changed = bytearray(whole)
+    changed[-5] ^= 1
+    for torn in (whole[:40], whole[:-4], bytes(changed), b""):
+        place.write_bytes(torn)
+        with pytest.raises(DamagedError, match=r"subkeys-0.safetensors is damaged"):
+            ShardedProductKeys(bank.path, bank.shards)
+    place.unlink()
+    rows = snapshot(bank)
+    for look in (bank.restore, lambda: read_version(bank.path)):
+        with pytest.raises(BankError, match=r"cannot read .*subkeys-0.safetensors: No such file"):
+            look()
+    assert is_same(rows, snapshot(bank))
+
+
+def test_resharding_keeps_all(tmp_path):
+    one, bank = pair(3)
+    optimisers = [RowAdamW([each.keys, each.values], lr=0.1) for each in (one, bank)]
+    for seed in range(2):
+        expected, found = map(step, (one, bank), (seed, seed), optimisers)
+        assert is_same(expected, found)
+    bank.save()
+    bank.close()
+    path = reshard(bank.path, tmp_path / "two", 2)
+    two = ShardedProductKeys(path, LocalShards(path))
+    assert is_same(expected, [two.keys, *snapshot(two)])
+    two.close()
+    plain = MemoryBank.load(reshard(path, tmp_path / "plain", None))
+    assert plain.has_product_keys
+    assert is_same(expected, [plain.keys, *snapshot(plain)])
+    path = reshard(tmp_path / "plain", tmp_path / "four", 4)
+    four = ShardedProductKeys(path, LocalShards(path))
+    assert is_same(expected, [four.keys, *snapshot(four)])
+    read_both((one, four), random(3, WIDTH))
+    four.close()
+
+
+def test_workers_step_the_mean_and_have_the_same_sub_keys():
+    one, bank = pair(3)
+    with torch.no_grad():
+        for each in (one, bank):
+            each.keys.mul_(1.5)
+    workers = [bank.as_worker(worker, 2) for worker in range(2)]
+    assert all(torch.equal(worker.keys, bank.keys) for worker in workers)
+    for each in (one, *workers):
+        hit = each.read(random(4, WIDTH), 3)
+        hit.values.sum().backward()
+    for each in (one, *workers):
+        RowAdamW([each.values], lr=0.1).step()
+    assert torch.equal(rows_of_tables(bank)[0], one.values)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        bank.__getstate__()
+
+
+def test_what_it_prints_and_counts():
+    _, bank = pair(3)
+    assert "25, 6, 3, index='product-key', metric='ip', num_shards=3" in repr(bank)
+    bank.remove(torch.tensor([3]))
+    assert bank.stats()["num_live"] == N - 1
+    assert not MemoryLayer(4, bank, 1, 2).state_dict().keys() & {"bank.keys", "bank.values"}
