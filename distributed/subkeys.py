@@ -58,8 +58,13 @@ def of_pairs(arguments: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def write_subkeys(path: Path, version: int, subkeys: Float[Tensor, "2 S D"]) -> None:
-    """Put a version's sub-keys into a sharded bank's folder. BankError where that fails."""
+    """Put a version's sub-keys into a sharded bank's folder.
+
+    BankError where that fails, or where they hold NaN or infinity.
+    """
     place = place_of(path, version)
+    if not subkeys.isfinite().all():
+        raise BankError(f"cannot write {place}: sub-keys hold NaN or infinity")
     tensors = {SUBKEYS: subkeys, CRC: torch.tensor(checksum(subkeys))}
     with write_errors(place):
         replace_file(place, encode_tensors(tensors))
@@ -89,7 +94,7 @@ def read_subkeys(
 def keep_subkeys(path: Path, versions: Collection[int]) -> None:
     """Remove the files of all other versions."""
     kept = {place_of(path, version) for version in versions}
-    for file in path.glob(place_of(path, 0).name.replace("0", "*")):
+    for file in path.glob(f"{SUBKEYS}-*.safetensors"):
         if file not in kept:
             file.unlink(missing_ok=True)
 

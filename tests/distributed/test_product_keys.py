@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sparsemem import MemoryBank
@@ -23,9 +25,9 @@ N, WIDTH, VALUE_WIDTH = 25, 6, 3
 
 def pair(num_shards, **options):
     """One bank and a sharded one of the same rows."""
-    given = {"index": "product-key", "metric": "ip", "initial": "normal", **options}
+    options = {"index": "product-key", "metric": "ip", "initial": "normal", **options}
     sizes = (N, WIDTH, VALUE_WIDTH)
-    return MemoryBank(*sizes, **given), sharded(num_shards, *sizes, **given)
+    return MemoryBank(*sizes, **options), sharded(num_shards, *sizes, **options)
 
 
 def random(*shape, seed=1, dtype=torch.float32):
@@ -204,6 +206,60 @@ def test_selected_rows_alone_are_trained(num_shards):
     check_same(*banks)
 
 
+IDS = st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True).map(torch.tensor)
+CALLS = st.one_of(
+    st.tuples(st.just("read"), st.integers(0, 5), st.integers(1, 9)),
+    st.tuples(st.just("step"), st.integers(0, 5)),
+    st.tuples(
+        st.just("write"),
+        IDS,
+        st.booleans(),
+        st.sampled_from([None, 0, 2]),
+        st.sampled_from([None, 1]),
+    ),
+    st.tuples(st.sampled_from(["remove", "freeze", "unfreeze"]), IDS),
+    st.tuples(st.just("select"), st.sampled_from([None, 3])),
+)
+
+
+def done(bank, optimiser, name, *what):
+    """What comes of a call: tensors, or why it was refused."""
+    try:
+        if name == "read":
+            return list(bank.read(random(2, 4, seed=what[0]), what[1]))
+        if name == "step":
+            optimiser.zero_grad()
+            bank.read(random(2, 4, seed=what[0]), 3).values.square().sum().backward()
+            return [optimiser.step()]
+        if name == "select":
+            return [bank.select(None if what[0] is None else "tf-idf", what[0])]
+        if name == "write":
+            ids, has_values, ttl, tags = what
+            values = random(len(ids), VALUE_WIDTH, seed=len(ids)) if has_values else None
+            return [bank.write(ids, values=values, ttl=ttl, tags=tags)]
+        return [getattr(bank, name)(*what)]
+    except ValueError as error:
+        return [str(error)]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(CALLS, min_size=5, max_size=20))
+def test_any_calls_come_to_the_same(calls):
+    banks = [make(9, 4, VALUE_WIDTH, index="product-key", metric="ip", initial="normal")
+             for make in (MemoryBank, partial(sharded, 2))]  # fmt: skip
+    optimisers = [RowAdamW([bank.values], lr=0.1) for bank in banks]
+    for call in calls:
+        ours, theirs = (done(*each, *call) for each in zip(banks, optimisers, strict=True))
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        if call[0] in ("read", "step"):  # else shards without such rows have not heard the time
+            check_same(*banks)
+    for bank in banks:
+        bank.expire()
+    check_same(*banks)
+    banks[1].close()
+
+
 def test_a_bank_with_product_keys_refuses_the_same(plain_errors):
     for bank in pair(2):
         ids, rows = torch.tensor([0]), torch.zeros(1, WIDTH)
@@ -232,10 +288,10 @@ def test_a_bank_with_product_keys_refuses_the_same(plain_errors):
     ],
 )
 def test_what_makes_no_product_keys_is_refused_as_by_one_bank(options, message, tmp_path):
-    given = {"num_rows": N, "width": WIDTH, "value_width": VALUE_WIDTH, "metric": "ip", **options}
+    sizes = {"num_rows": N, "width": WIDTH, "value_width": VALUE_WIDTH}
     for make in (MemoryBank, partial(ShardedBank.create, tmp_path / "x", num_shards=2)):
         with pytest.raises((ValueError, TypeError), match=message):
-            make(index="product-key", **given)
+            make(index="product-key", **{"metric": "ip", **sizes, **options})
     assert not list(tmp_path.iterdir())
 
 
@@ -310,6 +366,10 @@ def test_a_save_that_failed_leaves_the_version_before(plain_errors):
     step(bank, 1)
     with pytest.raises(RuntimeError, match="no"):
         bank.save(fails)
+    with torch.no_grad():
+        bank.keys[1, 2, 0] = torch.nan
+    with pytest.raises(BankError, match="sub-keys hold NaN or infinity"):
+        bank.save()
     assert bank.versions == (0,)
     bank.restore()
     assert is_same(before, [bank.keys, *snapshot(bank)])
