@@ -143,7 +143,7 @@ class DeviceDerived(Derivation):
         self.start = Setting(min(START_EFFORT, self.knob.limit), oversample)
         self.setting = self.start
         self.holds = True
-        self.absorbed = 0
+        self.absorbed = self.lost = 0  # lost: strays that were entered, where there were too many
         self.buffer = DeviceBuffer(table)
         # By row: one more than its latest label; 0: it has none. By label: its row.
         self.label_of = torch.zeros(table.num_rows, dtype=torch.int64, device=device)
@@ -217,7 +217,8 @@ class DeviceDerived(Derivation):
         if self.buffer.count <= MOST_STRAYS * self.table.num_live:
             near = same & ~far
         elif not self.overrun:
-            self.overrun = bool((same & far).any())
+            self.lost += int((same & far).sum())
+            self.overrun = self.buffer.strays + self.lost > MOST_STRAYS * self.table.num_live
         entered = ids[near]
         self._add(entered, vectors[near])
         self.absorbed += len(entered)

@@ -8,8 +8,8 @@
 So products need not be accurate for the result to be exact: rough ones cost more tiles. Beyond
 ROUGH_ROWS rows products are rough. A query for which ROUGH_TILES tiles beyond k do not suffice is
 searched again with fine products, by two launches that end at once where there are none such. Only
-where FINE_TILES / SEVERAL tiles beyond k hold rows whose bounds reach the k-th best, rows as good
-as the k best within the error of a fine product may be returned for them. Rows that are equal have
+where (k + FINE_TILES) / SEVERAL tiles hold rows whose bounds reach the k-th best, rows as good as
+the k best within the error of a fine product may be returned for them. Rows that are equal have
 equal bounds, so even then ties go to the lowest ids.
 
 What must move through the GPU's memory is N W itemsize + N bytes (rows and marks), and beside 4 Q N

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+# The compiled kernel, constants that it is given last, and the program, whose id is in the key.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...], Any]] = {}
 
 
 def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -24,17 +25,17 @@ def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
     device = arguments[0].get_device()
     key = (id(program), device, tuple(map(kind_of, arguments)), tuple(constants.items()))
     if key in _compiled:
-        compiled, rest = _compiled[key]
+        compiled, rest, _ = _compiled[key]
         compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
         return
     compiled = program[grid](*arguments, **constants)
     if compiled is not None:
         names = program.arg_names[len(arguments) :]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
+        _compiled[key] = compiled, tuple(constants[name] for name in names), program
 
 
 def kind_of(argument: Any) -> Any:
-    """What of an argument a kernel is compiled for; finer than Triton's own distinctions."""
+    """What of an argument a kernel is compiled for; finer than Triton's distinctions for NVIDIA."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:

@@ -9,13 +9,16 @@ kernel is needed; modules with kernels are imported where they are launched.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 SWITCH = "SPARSEMEM_KERNELS"
 CHOICES = ("auto", "reference", "triton")
+LEAST = (3, 4)  # of Triton: what a compiled kernel is called with was another before
 
 
 def choice() -> str:
@@ -45,8 +48,24 @@ def use_triton(tensor: Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    """Whether Triton is installed, of a version that `launching` knows; for NVIDIA's GPUs only."""
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    import triton
+
+    if release(triton.__version__) >= LEAST:
+        return True
+    warnings.warn(
+        f"triton is {triton.__version__}, expected {'.'.join(map(str, LEAST))} or later: torch's"
+        " operations are used in the place of kernels",
+        stacklevel=3,
+    )
+    return False
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 @cache

@@ -58,3 +58,22 @@ def test_another_choice_is_refused(monkeypatch):
     monkeypatch.setenv(SWITCH, "numba")
     with pytest.raises(ValueError, match="SPARSEMEM_KERNELS is 'numba', expected one of auto, ref"):
         use_triton(CPU)
+
+
+@pytest.mark.parametrize(
+    ("version", "there"), [("3.4.0", True), ("3.10.1+git1", True), ("4.0", True), ("3.3.1", False)]
+)
+def test_a_version_that_launches_otherwise_is_not_used(version, there, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    found = triton_switch.has_triton.__wrapped__
+    if there:
+        assert found()
+    else:
+        with pytest.warns(UserWarning, match="triton is 3.3.1, expected 3.4 or later"):
+            assert not found()
+
+
+def test_kernels_are_for_nvidia(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not triton_switch.has_triton.__wrapped__()
