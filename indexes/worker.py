@@ -44,26 +44,34 @@ class Worker:
     def start(self, function: Callable[..., None], *arguments: Any) -> threading.Thread:
         """Run a function in a thread of its own, which `stop` waits for."""
         thread = threading.Thread(target=function, args=arguments, daemon=True)
-        _running[thread] = self
-        thread.start()
+        with _guard:
+            _running[thread] = self
+            thread.start()  # who stops at the same time cannot wait for one that has not begun
         return thread
 
     def stop(self) -> None:
         """Return when nothing runs any more."""
         self._stopped.set()
         self._wake.set()
-        for thread, worker in list(_running.items()):
+        for thread, worker in all_running():
             if worker is self and thread is not threading.current_thread():
                 thread.join()
 
 
 # Threads that are cut off inside C++ take the interpreter down with them: they are waited for.
 _running: weakref.WeakKeyDictionary[threading.Thread, Worker] = weakref.WeakKeyDictionary()
+_guard = threading.RLock()  # it must not grow while it is looked through
+
+
+def all_running() -> list[tuple[threading.Thread, Worker]]:
+    """Threads that have not ended, and whose they are."""
+    with _guard:
+        return list(_running.items())
 
 
 @atexit.register
 def _stop_all() -> None:
-    for worker in set(_running.values()):
+    for worker in {worker for _, worker in all_running()}:
         worker.stop()
 
 

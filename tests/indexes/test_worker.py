@@ -46,6 +46,29 @@ def test_stop_waits_for_what_it_started():
     assert ended == [True]
 
 
+def test_some_stop_while_others_start():
+    counters, errors = [Counter() for _ in range(4)], []
+
+    def start_and_stop(counter):
+        try:
+            for _ in range(60):
+                Worker(counter).stop()
+        except RuntimeError as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=start_and_stop, args=[one]) for one in counters]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
 def test_a_rest_is_so_many_times_as_long_as_the_work(monkeypatch):
     now = 100.0
     monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now))
