@@ -1,9 +1,9 @@
 """Launches of Triton's kernels, without what Triton does anew for each of them.
 
 `program[grid](...)` finds out for what the kernel was compiled: dtypes, which addresses and whole
-numbers are divisible by 16, which numbers are 1 or need 64 bits, and the constants. That takes the
-host 65 us of some 70 for a kernel of twenty arguments, longer than most kernels run. `launch` keeps
-the compiled kernel of each such combination, and hands it its arguments.
+numbers are divisible by 16, which numbers are 1 or need 64 bits, and the constants. On the host of
+an H200 a search of two launches took 162 us so. `launch` keeps the compiled kernel of each such
+combination, and hands it its arguments.
 """
 
 from __future__ import annotations

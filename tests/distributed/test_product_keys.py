@@ -9,42 +9,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsemem import MemoryBank
-from sparsemem.bank.errors import BankError, DamagedError
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.product_keys import ShardedProductKeys
-from sparsemem.distributed.reshard import reshard
 from sparsemem.distributed.transport import LocalShards
-from sparsemem.distributed.versions import read_version
 from sparsemem.layers import MemoryLayer
 from sparsemem.optim import RowAdamW, clip_grad_norm
-from tests.oracles.sharded import rows_of_tables, sharded, snapshot
+from tests.oracles.product_keys import (
+    VALUE_WIDTH,
+    WIDTH,
+    N,
+    check_same,
+    pair,
+    random,
+    read_both,
+)
+from tests.oracles.sharded import rows_of_tables, sharded
 
 SHARDS = pytest.mark.parametrize("num_shards", [1, 3, 4])
-N, WIDTH, VALUE_WIDTH = 25, 6, 3
-
-
-def pair(num_shards, **options):
-    """One bank and a sharded one of the same rows."""
-    options = {"index": "product-key", "metric": "ip", "initial": "normal", **options}
-    sizes = (N, WIDTH, VALUE_WIDTH)
-    return MemoryBank(*sizes, **options), sharded(num_shards, *sizes, **options)
-
-
-def random(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def read_both(banks, queries, top_k=4):
-    """What both read, equal to the last bit."""
-    hits = [bank.read(queries, top_k) for bank in banks]
-    assert all(map(torch.equal, *hits))
-    return hits
-
-
-def check_same(one, many):
-    """All that both hold is the same, to the last bit."""
-    assert torch.equal(one.keys, many.keys)
-    assert all(map(torch.equal, snapshot(one), snapshot(many)))
 
 
 @SHARDS
@@ -302,117 +283,6 @@ def test_each_kind_of_folder_has_its_class(tmp_path):
     path = ShardedBank.create(tmp_path / "plain", N, WIDTH, num_shards=2)
     with pytest.raises(ValueError, match=r"has no product keys, expected ShardedBank\(path, shard"):
         ShardedProductKeys(path, LocalShards(path))
-
-
-def step(bank, seed, optimiser=None):
-    """Something is learned."""
-    optimiser = optimiser or RowAdamW([bank.keys, bank.values], lr=0.1)
-    optimiser.zero_grad()
-    hit = bank.read(random(4, WIDTH, seed=seed), 3)
-    (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum(-2).square().sum().backward()
-    optimiser.step()
-    return [bank.keys.detach().clone(), *snapshot(bank)]
-
-
-def is_same(one, other):
-    return all(map(torch.equal, one, other))
-
-
-def test_versions_hold_sub_keys_and_values():
-    _, bank = pair(3)
-    first = step(bank, 1)
-    written = []
-    bank.save(written.append)
-    second = step(bank, 2)
-    bank.save(keep=written)
-    third = step(bank, 3)
-    assert not torch.equal(first[0], second[0])
-    assert not torch.equal(second[0], third[0])
-    plain = read_version(bank.path)
-    assert is_same(second, [plain.keys, *snapshot(plain)])
-    assert read_version(bank.path, written[0]).keys.equal(first[0])
-    bank.restore()
-    assert is_same(second, [bank.keys, *snapshot(bank)])
-    bank.restore(written[0])
-    assert is_same(first, [bank.keys, *snapshot(bank)])
-    assert is_same(step(bank, 2), second)  # as if nothing had happened since
-    bank.save()
-    assert [file.name for file in bank.path.glob("subkeys-*")] == [
-        f"subkeys-{version}.safetensors" for version in bank.versions
-    ]
-
-
-def test_a_folder_that_is_opened_again_goes_on():
-    _, bank = pair(3)
-    step(bank, 1)
-    bank.save()
-    saved, later = bank.keys.detach().clone(), step(bank, 2)
-    bank.close()
-    again = ShardedProductKeys(bank.path, LocalShards(bank.path))
-    assert is_same(later[1:], snapshot(again))  # what shards have answered
-    assert torch.equal(again.keys, saved)  # sub-keys are those of the version
-    again.restore()
-    assert not is_same(later[1:], snapshot(again))
-    again.close()
-
-
-def test_a_save_that_failed_leaves_the_version_before(plain_errors):
-    _, bank = pair(2)
-    before = [bank.keys.detach().clone(), *snapshot(bank)]
-
-    def fails(version):
-        raise RuntimeError("no")
-
-    step(bank, 1)
-    with pytest.raises(RuntimeError, match="no"):
-        bank.save(fails)
-    with torch.no_grad():
-        bank.keys[1, 2, 0] = torch.nan
-    with pytest.raises(BankError, match="sub-keys hold NaN or infinity"):
-        bank.save()
-    assert bank.versions == (0,)
-    bank.restore()
-    assert is_same(before, [bank.keys, *snapshot(bank)])
-
-
-def test_sub_keys_that_are_missing_or_damaged_are_told(plain_errors):
-    _, bank = pair(2)
-    place = bank.path / "subkeys-0.safetensors"
-    whole = place.read_bytes()
-    changed = bytearray(whole)
-    changed[-5] ^= 1
-    for torn in (whole[:40], whole[:-4], bytes(changed), b""):
-        place.write_bytes(torn)
-        with pytest.raises(DamagedError, match=r"subkeys-0.safetensors is damaged"):
-            ShardedProductKeys(bank.path, bank.shards)
-    place.unlink()
-    rows = snapshot(bank)
-    for look in (bank.restore, lambda: read_version(bank.path)):
-        with pytest.raises(BankError, match=r"cannot read .*subkeys-0.safetensors: No such file"):
-            look()
-    assert is_same(rows, snapshot(bank))
-
-
-def test_resharding_keeps_all(tmp_path):
-    one, bank = pair(3)
-    optimisers = [RowAdamW([each.keys, each.values], lr=0.1) for each in (one, bank)]
-    for seed in range(2):
-        expected, found = map(step, (one, bank), (seed, seed), optimisers)
-        assert is_same(expected, found)
-    bank.save()
-    bank.close()
-    path = reshard(bank.path, tmp_path / "two", 2)
-    two = ShardedProductKeys(path, LocalShards(path))
-    assert is_same(expected, [two.keys, *snapshot(two)])
-    two.close()
-    plain = MemoryBank.load(reshard(path, tmp_path / "plain", None))
-    assert plain.has_product_keys
-    assert is_same(expected, [plain.keys, *snapshot(plain)])
-    path = reshard(tmp_path / "plain", tmp_path / "four", 4)
-    four = ShardedProductKeys(path, LocalShards(path))
-    assert is_same(expected, [four.keys, *snapshot(four)])
-    read_both((one, four), random(3, WIDTH))
-    four.close()
 
 
 def test_workers_step_the_mean_and_have_the_same_sub_keys():

@@ -1,6 +1,8 @@
 import pytest
 
 from sparsemem.indexes import upkeep
+from sparsemem.indexes.device_faiss import GpuEngine
+from tests.oracles.device_kind import on_device
 
 
 @pytest.fixture
@@ -15,3 +17,12 @@ def told(monkeypatch):
     monkeypatch.setattr(upkeep, "tell", tell)
     yield messages
     assert messages == []
+
+
+@pytest.fixture
+def device_engine(request):
+    """On a CPU, FAISS on a CPU is taken; on a GPU it has to be FAISS GPU."""
+    if "cuda" in request.node.name and not GpuEngine.there():
+        pytest.skip("needs FAISS GPU")
+    with on_device():
+        yield

@@ -11,50 +11,16 @@ import pytest
 import torch
 
 from sparsemem.indexes.device_derived import DeviceDerived
-from sparsemem.indexes.device_faiss import GpuEngine
 from sparsemem.indexes.exact import ExactIndex
-from sparsemem.indexes.factory import make_index
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.recall import recall
-from sparsemem.indexes.table import RowTable
-from tests.oracles.device_kind import on_device
-from tests.oracles.fresh_index import K, N, W, clustered, wait_for
+from tests.oracles.device_index import agreement, first, ids_of, make
+from tests.oracles.fresh_index import LISTS, K, N, W, clustered, wait_for
 from tests.oracles.synchronisations import Synchronisations
 
 faiss = pytest.importorskip("faiss")
-pytestmark = pytest.mark.usefixtures("told")
-LISTS = "IVF16,Flat"
+pytestmark = pytest.mark.usefixtures("told", "device_engine")
 NAMES = [LISTS, "IVF16,SQ8", "Flat"]
-
-
-@pytest.fixture(autouse=True)
-def _engine(request):
-    """On a CPU, FAISS on a CPU is taken; on a GPU it has to be FAISS GPU."""
-    if "cuda" in request.node.name and not GpuEngine.there():
-        pytest.skip("needs FAISS GPU")
-    with on_device():
-        yield
-
-
-def make(device, name=LISTS, rows=None, metric=Metric.cosine, **options):
-    rows = (clustered() if rows is None else rows).to(device, copy=True)
-    table = RowTable(rows, torch.ones(len(rows), dtype=torch.bool, device=device))
-    options = {"background": False, "exact_below": 50, "min_recall": None, **options}
-    return make_index(name, table, metric, **options)
-
-
-def ids_of(start, stop, device):
-    return torch.arange(start, stop, device=device)
-
-
-def first(index, queries) -> list[int]:
-    return index.search(queries.to(index.table.rows.device), 1).ids.flatten().tolist()
-
-
-def agreement(index, queries, k=K) -> float:
-    queries = queries.to(index.table.rows.device)
-    truth = ExactIndex(index.table, index.metric).search(queries, k)
-    return recall(index.search(queries, k), truth, index.metric)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "IVF16,SQfp16", "IVF4,PQ4np"])
@@ -157,71 +123,6 @@ def test_rows_that_change_all_the_time_stay_in_the_buffer(device):
     assert index.current.entries == N
     assert index.stats()["buffered"] == 10
     assert first(index, rows) == list(range(10))
-
-
-def tight(count: int, seed: int) -> torch.Tensor:
-    """Rows close to sixteen of the corners of a cube."""
-    generator = torch.Generator().manual_seed(seed)
-    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4).repeat(1, W // 4)
-    noise = 0.05 * torch.randn(count, W, generator=generator)
-    return corners[torch.randint(16, (count,), generator=generator)] + noise
-
-
-def test_rows_far_from_all_lists_stay_until_the_lists_are_trained_anew(device):
-    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8)
-    far = torch.eye(W)[:4] - torch.eye(W)[4:]  # as far from all corners as can be
-    index.update(ids_of(0, 4, device), far.to(device))
-    index.update(ids_of(4, 24, device), tight(20, 2).to(device))
-    stats = index.stats()
-    assert stats["strays"] == 4
-    assert stats["buffered"] <= 12
-    index.current.setting = index.current.setting._replace(effort=1)  # found all the same
-    assert first(index, far) == list(range(4))
-    index.update(ids_of(0, 2, device), tight(2, 3).to(device))  # come home
-    index.update(ids_of(24, 44, device), tight(20, 4).to(device))
-    assert index.stats()["strays"] == 2
-    index.remove(ids_of(3, 4, device))
-    assert first(index, far[3:]) != [3]
-    index.rebuild()
-    assert index.stats()["buffered"] == 0
-    assert first(index, far[2:3]) == [2]
-
-
-def test_an_index_that_strays_overrun_is_not_searched(device, monkeypatch):
-    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8, min_recall=0.9)
-    with monkeypatch.context() as patched:
-        patched.setattr(type(index.upkeep), "_rebuild_due", lambda upkeep: False)
-        for start in range(0, N // 2, 50):  # half of the rows go where no list is
-            index.update(ids_of(start, start + 50, device), -2 * clustered(50, start).to(device))
-        assert index.current.overrun
-        assert index.stats()["exact"]
-        assert agreement(index, -2 * clustered(150, seed=9)) == 1  # and the sample is of these
-    index.update(ids_of(N - 1, N, device), tight(1, 3).to(device))
-    assert index.upkeep.rebuilds == 2, "new lists were due"
-    assert not index.current.overrun
-    assert not index.stats()["exact"]
-    assert agreement(index, -2 * clustered(60, seed=9)) >= 0.9
-
-
-def test_without_a_floor_lists_that_strays_overrun_are_searched(device, monkeypatch):
-    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8)
-    monkeypatch.setattr(type(index.upkeep), "_rebuild_due", lambda upkeep: False)
-    index.update(ids_of(0, N // 2, device), -2 * clustered(N // 2).to(device))
-    index.update(ids_of(0, 9, device), clustered(9).to(device))
-    assert index.current.overrun
-    assert not index.stats()["exact"]
-
-
-def test_many_rows_of_which_few_stray_overrun_nothing(device, monkeypatch):
-    index = make(device, "IVF64,Flat", tight(N, 1), buffer_rows=8, min_recall=0.9)
-    monkeypatch.setattr(type(index.upkeep), "_rebuild_due", lambda upkeep: False)
-    rows = tight(N // 2, 5)
-    rows[:2] = torch.eye(W)[:2] - torch.eye(W)[4:6]
-    index.update(ids_of(0, N // 2, device), rows.to(device))
-    index.update(ids_of(10, 19, device), tight(9, 6).to(device))
-    assert index.stats()["buffered"] <= 8
-    assert 2 <= index.current.lost < 20, "they came when more waited than may stray"
-    assert not index.current.overrun
 
 
 class Interrupted:
