@@ -18,6 +18,7 @@ from sparsemem.bank.errors import BankError
 from sparsemem.bank.errors import DamagedError as DamagedBank
 from sparsemem.bank.rows import bank_of
 from sparsemem.indexes.factory import PRODUCT_KEY
+from sparsemem.indexes.product_key import num_subkeys
 from sparsemem.models.registry import bank_argument, bank_readers, needs_bank
 from sparsemem.training.checkpoint import Checkpoint
 from sparsemem.training.config import Config
@@ -63,7 +64,10 @@ def check_bank_section(config: Config) -> None:
             f"bank is given, but model {name!r} reads none: expected no section bank, or one of"
             f" the models {', '.join(bank_readers())}"
         )
-    if bank.initial == "empty" and bank.index != PRODUCT_KEY:
+    if bank.index == PRODUCT_KEY:
+        with section_errors("bank"):
+            num_subkeys(bank.num_rows)
+    elif bank.initial == "empty":
         raise ConfigError(
             "bank.initial is 'empty', expected 'normal': nothing but the optimiser changes rows,"
             " and it changes those that are there"

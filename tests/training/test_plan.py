@@ -154,6 +154,12 @@ def test_what_a_bank_takes_is_what_its_tensors_take(tree, name, bank, optimiser,
     assert found.snapshot == pytest.approx(saved, rel=0.05)
 
 
+def test_what_makes_no_product_keys_is_not_planned(tree):
+    changes = {"index": "product-key", "metric": "ip", "num_rows": 10**6 + 1}
+    with pytest.raises(ConfigError, match=r"^bank.num_rows is 1000001, expected a perfect square"):
+        plan_memory(make_config(banked(tree, "memory-lstm", **changes)))
+
+
 def test_nothing_of_a_bank_s_size_is_made(tree):
     config = make_config(banked(tree, "memory-lstm", num_rows=10**9))
     memory = plan_memory(config).plan.memory
