@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.bank.bank import MemoryBank
-from sparsemem.bank.rows import bank_of
+from sparsemem.bank.watching import is_table
 from sparsemem.checks import NotFiniteError
 from sparsemem.training.banks import Fill, Keeper, dense_state, keeper_of
 from sparsemem.training.bptt import BatchResult, Diverged, train_batch
@@ -268,7 +268,7 @@ class Trainer:
         if self._saved is not None and self._saved[0] == self.step:
             return
         for name, parameter in self.model.named_parameters():
-            if bank_of(parameter) is None and not parameter.isfinite().all():
+            if not is_table(parameter) and not parameter.isfinite().all():
                 raise self._diverged(f"parameter {name} is not finite after step {self.step}")
         if self.leads:
             log.sync()  # records up to here must outlive a crash if the checkpoint does

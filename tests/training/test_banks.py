@@ -11,6 +11,7 @@ import torch
 from sparsemem import MemoryBank
 from sparsemem.training.banks import bank_arguments, make_bank
 from sparsemem.training.bptt import train_batch
+from sparsemem.training.checkpoint import list_checkpoints
 from sparsemem.training.config import make_config, override
 from sparsemem.training.errors import CheckpointError, ConfigError, DamagedError, RunError
 from sparsemem.training.launch import evaluate_run, load_run, prepare_blank, resume, start
@@ -161,6 +162,21 @@ def test_description(bank_tree):
 def test_errors_name_what_is_wrong(bank_tree, settings, message):
     with pytest.raises(ConfigError, match=message):
         Trainer(prepare(make_config(override(bank_tree, settings))))
+
+
+def test_broken_sub_keys_are_not_saved(bank_tree, new_run, stop_at):
+    bank_tree["training"] |= {"evaluate_every": None, "checkpoint_every": 3}
+    bank_tree["bank"] |= CHANGES["product keys"]
+    trainer, run = new_run("run", bank_tree)
+
+    def poison():
+        with torch.no_grad():
+            trainer.setup.bank.keys[0, 1, 2] = math.inf
+
+    message = r"^parameter cell.memory.bank.keys is not finite after step 6; the last checkpoint is"
+    with pytest.raises(RunError, match=message):
+        train(trainer, run, stop_at(6, poison))
+    assert [step for step, _ in list_checkpoints(run.checkpoints)] == [3]
 
 
 def test_both_optimisers_step_and_follow_the_schedule(bank_tree):
