@@ -118,10 +118,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         with self._banks_locked():
             changes = [make_change(*named) for named in self._named() if named[1].grad is not None]
             check_gradients(changes)
+            self._step_remote(changes)  # first: if it fails, the same may be asked again
             for group in self.param_groups:
                 if group["rounding_seed"] is not None:
                     group["steps"] = group.get("steps", 0) + 1
-            self._step_remote(changes)
             for change in changes:
                 bank = bank_of(change.parameter)
                 if bank is not None and not isinstance(bank, RemoteBank):

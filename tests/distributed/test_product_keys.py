@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsemem import MemoryBank
 from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.errors import ShardError
 from sparsemem.distributed.product_keys import ShardedProductKeys
 from sparsemem.distributed.transport import LocalShards
 from sparsemem.layers import MemoryLayer
@@ -107,6 +108,35 @@ def test_training_gives_the_same_losses_and_rows(num_shards):
     assert not torch.equal(before, banks[1].keys)
     assert rows_of_tables(banks[1])[0].any(1).sum() > 10
     check_same(*banks)
+
+
+@pytest.mark.parametrize("rounding_seed", [None, 3])
+def test_a_step_that_was_cut_short_is_made_again_and_happens_once(rounding_seed, monkeypatch):
+    _, whole = pair(3, dtype=torch.bfloat16)
+    _, cut = pair(3, dtype=torch.bfloat16)
+    answer, fails = LocalShards._answer, [2]
+
+    def failing(shards, shard, call):
+        if shards is cut.shards and call.operation == "step" and shard == 2 and fails:
+            raise ShardError(f"shard {fails.pop()} is slow")
+        return answer(shards, shard, call)
+
+    monkeypatch.setattr(LocalShards, "_answer", failing)
+    for bank in (whole, cut):
+        optimiser = RowAdamW([bank.keys, bank.values], lr=1e-3, rounding_seed=rounding_seed)
+        before = bank.keys.detach().clone()
+        for _ in range(2):
+            optimiser.zero_grad()
+            hit = bank.read(random(9, WIDTH), 4)
+            (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum(-2).square().sum().backward()
+            if fails and bank is cut:
+                with pytest.raises(ShardError, match="shard 2 is slow"):
+                    optimiser.step()
+                assert torch.equal(before, bank.keys)
+            optimiser.step()
+        assert not torch.equal(before, bank.keys)
+    assert not fails
+    check_same(whole, cut)
 
 
 @SHARDS
