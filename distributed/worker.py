@@ -19,6 +19,7 @@ from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.desk import Answer, Reporter, Word
 from sparsemem.distributed.keeper import Versions, go_back
 from sparsemem.distributed.metrics import RunMetrics
+from sparsemem.distributed.opening import open_bank
 from sparsemem.distributed.rayshards import RayShards
 from sparsemem.distributed.team import GroupTeam, join, leave
 from sparsemem.errors import UserError
@@ -67,12 +68,12 @@ def train(work: Work) -> str:
     shards = RayShards(work.actors, work.timeout)
     newest = None
     if rank == 0:
-        newest = go_back(run, ShardedBank(work.bank, shards.another()))
+        newest = go_back(run, open_bank(work.bank, shards.another()))
     agreed = ray.train.collective.broadcast_from_rank_zero
     newest = agreed(newest)
     on_gpu = torch.device(config.training.device).type == "cuda"
     join(rank, size, own_address(), agreed, on_gpu=on_gpu)
-    bank = ShardedBank(work.bank, shards.another(), worker=rank, num_workers=size)
+    bank = open_bank(work.bank, shards.another(), worker=rank, num_workers=size)
     outcome = train_together(work, config, run, bank, newest)
     leave()
     return outcome.name

@@ -47,7 +47,7 @@ def made(monkeypatch):
         def train(self, *given):
             return Outcome.FINISHED
 
-    around = ("seen_run", "RayShards", "ShardedBank", "join", "own_address", "prepare")
+    around = ("seen_run", "RayShards", "open_bank", "join", "own_address", "prepare")
     for name in (*around, "GroupTeam", "Versions", "DeskReporter"):
         monkeypatch.setattr(worker, name, Nothing)
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)

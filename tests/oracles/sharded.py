@@ -10,17 +10,16 @@ import pytest
 from sparsemem import MemoryBank
 from sparsemem.bank.book import COLUMNS
 from sparsemem.distributed.bank import ShardedBank
-from sparsemem.distributed.product_keys import ShardedProductKeys
+from sparsemem.distributed.opening import open_bank
 from sparsemem.distributed.transport import LocalShards
 
 
 def sharded(num_shards, *arguments, wire_dtype=None, **options):
     """A `ShardedBank` like `MemoryBank(*arguments)`, its shards in this process."""
-    kind = ShardedProductKeys if options.get("index") == "product-key" else ShardedBank
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name, "bank")
     ShardedBank.create(path, *arguments, num_shards=num_shards, **options)
-    bank = kind(path, LocalShards(path), wire_dtype=wire_dtype)
+    bank = open_bank(path, LocalShards(path), wire_dtype=wire_dtype)
     bank.folder = folder  # which goes with it
     return bank
 
