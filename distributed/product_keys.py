@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsemem.bank.bank import WHOLE
 from sparsemem.bank.reading import Hit, scored_pairs
-from sparsemem.bank.rows import gather_pairs
+from sparsemem.bank.rows import gather_pairs, own
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.fetched import FetchedTable, Moment
 from sparsemem.distributed.home import read_manifest
@@ -25,6 +25,9 @@ from sparsemem.distributed.subkeys import keep_subkeys, write_subkeys
 from sparsemem.distributed.transport import Transport
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.product_key import ProductKeyIndex, ProductTable
+
+if TYPE_CHECKING:
+    from sparsemem.bank import MemoryBank
 
 
 class ShardedProductKeys(ShardedBank):
@@ -51,7 +54,8 @@ class ShardedProductKeys(ShardedBank):
         if width is None:
             raise ValueError(f"{path} has no product keys, expected ShardedBank(path, shards)")
         self.values, self.value_width = self.keys, self.width
-        self.keys, self.width = nn.Parameter(self._manifest.subkeys(self.path)), width
+        subkeys = nn.Parameter(self._manifest.subkeys(self.path))
+        self.keys, self.width = own(subkeys, cast("MemoryBank", self)), width
         self._index = self._index_without(None)
         self._seen: tuple[int, ...] = ()  # `changes` of the shards when it was looked who is live
 

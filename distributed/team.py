@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsemem.bank.rows import bank_of
-from sparsemem.optim.remote import RemoteBank
+from sparsemem.optim.remote import remote_bank_of
 from sparsemem.tasks import Batch
 from sparsemem.training.team import share_of
 
@@ -71,15 +71,30 @@ class GroupTeam:
         Its buckets stay as they are laid out at first (as they do where it looks for parameters
         without a gradient): a number's place in them is the order in which the members' parts are
         added up, so that a team that starts again goes on to the same bits.
+
+        It takes parameters of one kind of device. Sub-keys of product keys stay on the host where
+        the rest is on a GPU, and are averaged by themselves.
         """
-        remote = [
-            name
-            for name, parameter in model.named_parameters()
-            if isinstance(bank_of(parameter), RemoteBank)
-        ]
+        named = dict(model.named_parameters())
+        remote = [name for name, x in named.items() if remote_bank_of(x) is not None]
+        device = next(x.device for x in named.values() if bank_of(x) is None)
+        beside = [name for name, x in named.items() if name not in remote and x.device != device]
+        for name in beside:
+            average_gradient(named[name])
         leave_out: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        leave_out(model, remote)
+        leave_out(model, [*remote, *beside])
         return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def average_gradient(parameter: Tensor) -> None:
+    """From now on a backward pass ends with the mean of all members' gradients of a parameter."""
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad /= dist.get_world_size()
+        dist.all_reduce(parameter.grad)
+
+    parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
 
 
 def join(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparsemem.bank.bank import MemoryBank
-from sparsemem.bank.rows import bank_of, zeros
+from sparsemem.bank.rows import zeros
 from sparsemem.bank.watching import is_table, tell
 from sparsemem.checks import check_size
 from sparsemem.kernels.row_gradient import sorted_gradient
@@ -29,7 +29,7 @@ from sparsemem.optim.gradients import (
     row_steps,
 )
 from sparsemem.optim.packing import pack, unpack
-from sparsemem.optim.remote import RemoteBank, steps_of
+from sparsemem.optim.remote import bank_here, remote_bank_of, steps_of
 from sparsemem.optim.rounding import round_stochastically
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self._check({**self.defaults, **param_group})
         lean(super().add_param_group)(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            bank = bank_of(parameter)
-            if bank is not None and not isinstance(bank, RemoteBank):
+            bank = bank_here(parameter)
+            if bank is not None:
                 bank.add_listener(self)
 
     @torch.no_grad()
@@ -123,11 +123,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 if group["rounding_seed"] is not None:
                     group["steps"] = group.get("steps", 0) + 1
             for change in changes:
-                bank = bank_of(change.parameter)
-                if bank is not None and not isinstance(bank, RemoteBank):
+                bank = bank_here(change.parameter)
+                if bank is not None:
                     self._step_bank(change, bank)
         for change in changes:  # nobody needs to wait for these
-            if bank_of(change.parameter) is None:
+            if bank_here(change.parameter) is None and remote_bank_of(change.parameter) is None:
                 self._step(change, change.ids, change.gradient)
         return loss
 
@@ -186,10 +186,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         From before the gradients are looked at: until then a bank may take rows out of them.
         """
         parameters = (parameter for _, parameter, _ in self._named())
-        banks = {bank_of(parameter) for parameter in parameters if parameter.grad is not None}
+        banks = {bank_here(parameter) for parameter in parameters if parameter.grad is not None}
         with ExitStack() as locks:
-            here = (bank for bank in banks if bank and not isinstance(bank, RemoteBank))
-            for bank in sorted(here, key=id):
+            for bank in sorted((bank for bank in banks if bank is not None), key=id):
                 locks.enter_context(bank.table.lock.write())
                 bank.expect_change()
             yield
@@ -197,9 +196,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _step_remote(self, changes: list[Change]) -> None:
         """One call of each bank whose rows are elsewhere; of several workers all make it."""
         parameters = [parameter for _, parameter, _ in self._named()]
-        for bank in dict.fromkeys(map(bank_of, parameters)):
-            if isinstance(bank, RemoteBank):
-                own = [change for change in changes if bank_of(change.parameter) is bank]
+        for bank in dict.fromkeys(map(remote_bank_of, parameters)):
+            if bank is not None:
+                own = [change for change in changes if remote_bank_of(change.parameter) is bank]
                 if own or bank.num_workers > 1:
                     bank.step_rows(steps_of(own, bank, type(self).__name__))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of
 from sparsemem.optim.gradients import Change, computing_dtype
 
@@ -64,12 +65,27 @@ class RemoteBank(Protocol):
         """Step those gradients by a factor."""
 
 
+def bank_here(parameter: Tensor) -> MemoryBank | None:
+    """The bank that a parameter belongs to, if its rows are in this process."""
+    bank = bank_of(parameter)
+    return bank if isinstance(bank, MemoryBank) else None
+
+
+def remote_bank_of(parameter: Tensor) -> RemoteBank | None:
+    """The bank whose rows a parameter stands for, where they are elsewhere; None for all others.
+
+    Sub-keys of product keys are here, whoever has the rows.
+    """
+    bank = bank_of(parameter)
+    return cast("RemoteBank", bank) if bank is not None and 0 in parameter.stride() else None
+
+
 def team_tables(parameters: Iterable[Tensor]) -> dict[RemoteBank, list[Tensor]]:
     """Tables whose gradients here are one worker's share of several, by bank."""
     found: dict[RemoteBank, list[Tensor]] = {}
     for parameter in parameters:
-        bank = bank_of(parameter)
-        if isinstance(bank, RemoteBank) and bank.num_workers > 1:
+        bank = remote_bank_of(parameter)
+        if bank is not None and bank.num_workers > 1:
             found.setdefault(bank, []).append(parameter)
     return found
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from sparsemem.training.run import RunFolder
 from tests.oracles import team_member
@@ -26,7 +27,8 @@ def members(tmp_path_factory):
 
 def test_members_see_the_same_figures(members):
     values, _ = members
-    assert all(value == values[0] for value in values)
+    figures = [{name: x for name, x in value.items() if name != "gradients"} for value in values]
+    assert all(each == figures[0] for each in figures)
     assert values[0]["means"] == [0.5, 1.0]
     assert values[0]["told"] == [5.0]
 
@@ -45,6 +47,25 @@ def test_all_stop_where_one_is_asked(members):
     assert values[0]["outcomes"] == ["FINISHED", "INTERRUPTED"]
     steps = team_member.CONFIG["training"]["steps"]
     assert values[0]["step"] == steps + 1  # it is told along with the next step's figures
+
+
+def test_gradients_of_sub_keys_are_averaged_and_those_of_rows_are_not(members):
+    values, _ = members
+    own, team = (
+        [[torch.tensor(x) for x in value["gradients"][kind]] for value in values]
+        for kind in ("own", "team")
+    )
+    mean = sum(keys for keys, _ in own) / SIZE
+    for (own_keys, own_rows), (keys, rows) in zip(own, team, strict=True):
+        assert not torch.equal(own_keys, keys)
+        torch.testing.assert_close(keys, mean)
+        assert torch.equal(own_rows, rows)
+    assert torch.equal(team[0][0], team[1][0])
+
+
+def test_a_gradient_beside_the_others_is_averaged(members):
+    values, _ = members
+    assert [value["apart"] for value in values] == [[1.5, 1.5]] * SIZE
 
 
 def test_no_model_outlives_its_group(members):

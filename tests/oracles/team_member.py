@@ -16,7 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sparsemem.distributed.team import GroupTeam, join, leave
+from sparsemem.distributed.bank import ShardedBank
+from sparsemem.distributed.opening import open_bank
+from sparsemem.distributed.team import GroupTeam, average_gradient, join, leave
+from sparsemem.distributed.transport import LocalShards
+from sparsemem.layers import MemoryLayer
 from sparsemem.training.config import make_config
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import prepare
@@ -68,7 +72,7 @@ def train(run, team=None, stop=None):
 def member(rank, size, folder):
     """Join, train, and say what came of it."""
     join(rank, size, "127.0.0.1", agree(folder, rank))
-    values = train_twice(rank, size, folder)
+    values = train_twice(rank, size, folder) | averaged(rank, folder)
     leave()
     values["models"] = sum(type(kept) is DistributedDataParallel for kept in gc.get_objects())
     (folder / f"member-{rank}.json").write_text(json.dumps(values))
@@ -91,6 +95,25 @@ def train_twice(rank, size, folder):
         "validation": trainer.validation,
         "parameters": [parameter.sum().item() for parameter in trainer.model.parameters()],
     }
+
+
+def averaged(rank, folder):
+    """Gradients of sub-keys and of rows elsewhere: a member's own, and in the team."""
+    sizes = {"num_shards": 2, "index": "product-key", "metric": "ip", "initial": "normal"}
+    path = ShardedBank.create(folder / f"bank-{rank}", 25, 6, 3, **sizes)
+    bank = open_bank(path, LocalShards(path))
+    torch.manual_seed(0)
+    layer, apart = MemoryLayer(4, bank, 1, 2), torch.ones(2, requires_grad=True)
+    input = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(rank))
+    found = {}
+    for name, model in (("own", layer), ("team", GroupTeam().wrapped(layer))):
+        layer.zero_grad()
+        model(input).square().sum().backward()
+        found[name] = [x.grad.to_dense().tolist() for x in (bank.keys, bank.values)]
+    average_gradient(apart)
+    (apart * (rank + 1)).sum().backward()
+    bank.close()
+    return {"gradients": found, "apart": apart.grad.tolist()}
 
 
 def main():
