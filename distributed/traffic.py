@@ -65,11 +65,13 @@ def wire_bytes(
     number_bytes: int = 4,
     exact: bool = False,
     pushed: bool = False,
+    by_sub_keys: bool = False,
 ) -> StepBytes:
     """Bytes of one training step: a read, and the row optimiser's step of what was read.
 
     Every shard gets all Q queries and answers with scores and ids of its own K best rows of each;
-    then the rows that are the best of all are fetched from their owners, and stepped there.
+    then the rows that are the best of all are fetched from their owners, and stepped there. With
+    product keys the shards hold the values, W is the width of those, and nobody asks for scores.
 
     Args:
         num_shards: S.
@@ -83,21 +85,23 @@ def wire_bytes(
         number_bytes: of a number in a query, and of a score: of the computing dtype.
         pushed: the gradients go ahead of the step, for their norm over several workers.
         exact: the shards search exactly; else they are told what of some queries counted.
+        by_sub_keys: workers find rows by product keys; the shards hear that there was a read.
     """
     numbers = width + (value_width or 0)
     tables = 1 if value_width is None else 2
     read = queries * top_k
     rows = read if distinct is None else distinct
-    find = num_shards * (FRAMES["find"] + queries * width * number_bytes)
+    asked = 0 if by_sub_keys else queries
+    find = num_shards * (FRAMES["find"] + asked * width * number_bytes)
     fetch = num_shards * FRAMES["fetch"] + read * ID_BYTES
-    if not exact:
+    if not (exact or by_sub_keys):
         counted = -(-queries // -(-queries // COUNTED)) * (width + 1)
         fetch += num_shards * (FRAMES["counted"] + counted * number_bytes)
     step = num_shards * FRAMES["step"] * tables
     if pushed:
         step += num_shards * (FRAMES["push"] * tables + FRAMES["asked"])
     step += rows * (numbers * gradient_bytes + tables * ID_BYTES)
-    found = num_shards * (FRAMES["found"] + read * (ID_BYTES + number_bytes))
+    found = num_shards * (FRAMES["found"] + asked * top_k * (ID_BYTES + number_bytes))
     fetched = num_shards * FRAMES["fetched"] * tables + read * numbers * row_bytes
     norms = num_shards * FRAMES["norms"] * pushed
     return StepBytes(find + fetch + step, found + fetched + norms)

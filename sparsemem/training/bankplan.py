@@ -34,6 +34,13 @@ class BankBytes(NamedTuple):
     saving: int  # beside all that, while a checkpoint is written
 
 
+class SubKeyBytes(NamedTuple):
+    """Bytes of the sub-keys of product keys, of which the square root of the rows make these."""
+
+    keys: int
+    optimiser: int  # state of the row optimiser, which steps them whole
+
+
 NOTHING = BankBytes(0, 0, 0, 0, 0)
 
 
@@ -44,12 +51,10 @@ def bank_bytes(config: Config) -> BankBytes:
     """
     if config.bank is None:
         return NOTHING
-    few = make_bank(config, num_rows=_few(config, FEW_ROWS), initial="empty")
+    few, sub_keys = _few_rows(config), sub_key_bytes(config)
     scale = config.bank.num_rows / few.num_rows
-    pairs = scale**0.5  # sub-keys make rows by pairs
     of_rows = [*few.tables, *(column for column in few.book.buffers() if column.ndim)]
-    sub_keys = [few.keys] if few.has_product_keys else []
-    state, state_of_pairs = _state_bytes(config, few)
+    state, _ = _state_bytes(config, few)
     index = 0
     if config.bank.index not in (EXACT, PRODUCT_KEY):
         index = 2 * config.bank.num_rows * (4 * config.bank.width + INDEX_ROW_BYTES)
@@ -59,16 +64,26 @@ def bank_bytes(config: Config) -> BankBytes:
         + sum(dtype.itemsize * (shape[0] if shape else 1) for dtype, shape in part.values())
         for part in (layout.rows, layout.usage)
     )
-    snapshot = config.bank.num_rows * row + _sum(sub_keys) * pairs
+    snapshot = config.bank.num_rows * row + sub_keys.keys
     # One shard of the rows at a time: a copy, and the file.
     shard = 2 * min(config.bank.num_rows, SHARD_ROWS) * row
     return BankBytes(
-        rows=int(_sum(of_rows) * scale + _sum(sub_keys) * pairs),
+        rows=int(_sum(of_rows) * scale) + sub_keys.keys,
         derived=index,
-        optimiser=int(state * scale + state_of_pairs * pairs),
+        optimiser=int(state * scale) + sub_keys.optimiser,
         snapshot=int(snapshot),
         saving=int(shard),
     )
+
+
+def sub_key_bytes(config: Config) -> SubKeyBytes:
+    """What the sub-keys of a config's bank take; nothing where it has none."""
+    if config.bank is None or config.bank.index != PRODUCT_KEY:
+        return SubKeyBytes(0, 0)
+    few = _few_rows(config)
+    pairs = (config.bank.num_rows / few.num_rows) ** 0.5  # sub-keys make rows by pairs
+    _, state = _state_bytes(config, few)
+    return SubKeyBytes(int(few.keys.nbytes * pairs), int(state * pairs))
 
 
 def probe_bank(
@@ -92,6 +107,11 @@ def probe_bank(
     place = None if device.type == "meta" else device
     changed = config.model_copy(update={"bank": bank})
     return make_bank(changed, num_rows=_few(config, num_rows), device=place)
+
+
+def _few_rows(config: Config) -> MemoryBank:
+    """A bank like the config's, by which rows are measured."""
+    return make_bank(config, num_rows=_few(config, FEW_ROWS), initial="empty")
 
 
 def _few(config: Config, most: int) -> int:

@@ -351,20 +351,32 @@ def test_who_has_stepped_reads_on_once_all_have():
 
 @pytest.mark.parametrize(
     ("num_shards", "value_width", "narrow", "index"),
-    [(1, None, 0, "exact"), (4, 32, 0, "exact"), (4, 8, 1, "exact"), (4, 8, 0, "IVF4,Flat")],
+    [
+        (1, None, 0, "exact"),
+        (4, 32, 0, "exact"),
+        (4, 8, 1, "exact"),
+        (4, 8, 0, "IVF4,Flat"),
+        (4, 8, 0, "product-key"),
+    ],
 )
 def test_bytes_on_the_wire_are_what_the_formula_says(num_shards, value_width, narrow, index):
     wire_dtype = torch.float16 if narrow else None
-    bank = sharded(num_shards, 400, 16, value_width, index=index, wire_dtype=wire_dtype)
-    bank.append(rows_of(400, 16), None if value_width is None else rows_of(400, value_width))
+    of_pairs = index == "product-key"
+    kind = {"index": index, "metric": "ip" if of_pairs else "cosine", "wire_dtype": wire_dtype}
+    bank = sharded(num_shards, 400, 16, value_width, **kind)
+    if of_pairs:
+        bank.read(rows_of(1, 16), 1)  # the first one asks whether all rows are there
+    else:
+        bank.append(rows_of(400, 16), None if value_width is None else rows_of(400, value_width))
     optimiser = RowAdam(bank.tables, lr=0.1)
     bank.shards.traffic = traffic = Traffic()
     hit = bank.read(rows_of(64, 16), 8)
     (hit.scores.softmax(-1).unsqueeze(-1) * hit.values).sum().backward()
     optimiser.step()
     number = {"row_bytes": 2, "gradient_bytes": 2} if narrow else {}
-    number["exact"] = index == "exact"
+    number |= {"exact": index == "exact", "by_sub_keys": of_pairs}
     distinct = len(torch.unique(hit.ids))
-    predicted = wire_bytes(num_shards, 64, 8, 16, value_width, distinct=distinct, **number)
+    widths = (value_width, None) if of_pairs else (16, value_width)
+    predicted = wire_bytes(num_shards, 64, 8, *widths, distinct=distinct, **number)
     assert traffic.sent == pytest.approx(predicted.sent, rel=0.1)
     assert traffic.received == pytest.approx(predicted.received, rel=0.1)
