@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 
 from sparsemem.distributed.cluster import Group, Resources, Wanted, counted
+from sparsemem.distributed.subkeys import of_values
 from sparsemem.distributed.traffic import StepBytes, wire_bytes
 from sparsemem.distributed.trying import check_wanted, on_device
-from sparsemem.indexes.factory import EXACT
+from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
 from sparsemem.layers import MemoryLayer
-from sparsemem.training.bankplan import FEW_ROWS, bank_bytes
+from sparsemem.training.bankplan import FEW_ROWS, bank_bytes, sub_key_bytes
 from sparsemem.training.config import Bank, Config
-from sparsemem.training.plan import Planned, empty_model, plan_memory, process_bytes, show_bytes
+from sparsemem.training.plan import (
+    Memory,
+    Planned,
+    empty_model,
+    plan_memory,
+    process_bytes,
+    show_bytes,
+)
 
 
 class SpreadPlan(BaseModel):
@@ -39,7 +48,7 @@ def plan_spread(config: Config, wanted: Wanted) -> SpreadPlan:
     check_wanted(config, wanted)
     planned = worker_plan(config, wanted.workers)
     sent, received = reading_bytes(planned, wanted.shards, wanted.workers)
-    dense = planned.plan.memory.gradients
+    dense = planned.plan.memory.gradients  # sub-keys among them
     return SpreadPlan(
         shards=wanted.shards,
         workers=wanted.workers,
@@ -66,24 +75,53 @@ def groups_of(config: Config, wanted: Wanted) -> list[Group]:
 def shard_bytes(config: Config, num_shards: int) -> int:
     """Memory of a shard's process: its rows with all that belongs to them, and libraries."""
     assert config.bank is not None
-    own = bank_bytes(with_rows(config, -(-config.bank.num_rows // num_shards)))
+    rows = -(-config.bank.num_rows // num_shards)
+    own = bank_bytes(with_bank(config, **shards_arguments(config.bank) | {"num_rows": rows}))
     return own.rows + own.derived + own.optimiser + own.saving + process_bytes()
 
 
 def worker_plan(config: Config, num_workers: int) -> Planned:
-    """The plan of a worker alone: its share of the batch, next to no rows, on the host."""
+    """The plan of a worker alone: its share of the batch, on the host.
+
+    With next to no rows, but all sub-keys.
+    """
     assert config.bank is not None
     share = {"batch_size": config.training.batch_size // num_workers}
     training = on_device(config, "cpu").training.model_copy(update=share)
-    few = with_rows(config, min(config.bank.num_rows, FEW_ROWS))
-    return plan_memory(few.model_copy(update={"training": training}))
+    few = with_bank(config, num_rows=min(config.bank.num_rows, FEW_ROWS))
+    planned = plan_memory(few.model_copy(update={"training": training}))
+    memory = with_sub_keys(planned.plan.memory, few, config)
+    return planned._replace(plan=planned.plan.model_copy(update={"memory": memory}))
 
 
-def with_rows(config: Config, num_rows: int) -> Config:
-    """A config whose bank is of another size."""
+def with_sub_keys(memory: Memory, few: Config, config: Config) -> Memory:
+    """The memory of a worker that has the sub-keys of `config`, from that of one with a few."""
+    counted, all_of_them = sub_key_bytes(few), sub_key_bytes(config)
+    keys = all_of_them.keys - counted.keys
+    state = all_of_them.optimiser - counted.optimiser
+    more = {
+        "bank": keys,
+        "row_optimiser": state,
+        "gradients": all_of_them.keys,  # as of other dense parameters, which workers average
+        "evaluation": keys + state,
+        "saving": 4 * (keys + state),  # a copy, and the file in memory, twice
+    }
+    return memory.model_copy(
+        update={name: getattr(memory, name) + size for name, size in more.items()}
+    )
+
+
+def with_bank(config: Config, **changes: Any) -> Config:
+    """A config with some values of its section `bank` changed."""
     assert config.bank is not None
-    bank: Bank = config.bank.model_copy(update={"num_rows": num_rows})
+    bank: Bank = config.bank.model_copy(update=changes)
     return config.model_copy(update={"bank": bank})
+
+
+def shards_arguments(bank: Bank) -> dict[str, Any]:
+    """What the shards' banks are made with: of product keys they hold the values."""
+    given = dict(bank)
+    return of_values(given) if bank.index == PRODUCT_KEY else given
 
 
 def reading_bytes(planned: Planned, num_shards: int, num_workers: int) -> StepBytes:
@@ -95,6 +133,8 @@ def reading_bytes(planned: Planned, num_shards: int, num_workers: int) -> StepBy
     assert config.bank is not None
     model = empty_model(config, task)
     positions = round(config.training.batch_size * lengths.mean)
+    shards = with_bank(config, **shards_arguments(config.bank)).bank
+    assert shards is not None
     number = 8 if config.bank.dtype == "float64" else 4
     row = getattr(torch, config.bank.dtype or config.training.dtype).itemsize
     each = [
@@ -102,13 +142,14 @@ def reading_bytes(planned: Planned, num_shards: int, num_workers: int) -> StepBy
             num_shards,
             positions * layer.num_heads,
             layer.top_k,
-            config.bank.width,
-            config.bank.value_width,
+            shards.width,
+            shards.value_width,
             row_bytes=row,
             gradient_bytes=number,
             number_bytes=number,
-            exact=config.bank.index == EXACT,
+            exact=shards.index == EXACT,
             pushed=num_workers > 1,
+            by_sub_keys=config.bank.index == PRODUCT_KEY,
         )
         for layer in model.modules()
         if isinstance(layer, MemoryLayer)

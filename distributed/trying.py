@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from sparsemem.checks import check_at_most, check_size
 from sparsemem.distributed.bank import ShardedBank
 from sparsemem.distributed.cluster import Wanted
+from sparsemem.distributed.opening import open_bank
 from sparsemem.distributed.transport import LocalShards
-from sparsemem.indexes.factory import PRODUCT_KEY
 from sparsemem.models.registry import bank_argument
 from sparsemem.training.banks import NoBank, bank_arguments, check_bank_section
 from sparsemem.training.config import Config
@@ -34,7 +34,7 @@ def tried(config: Config, wanted: Wanted) -> Setup:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "bank"
         create_bank(path, config, wanted.shards, num_rows=rows, initial="empty")
-        bank = ShardedBank(path, LocalShards(path))
+        bank = open_bank(path, LocalShards(path))
         try:
             setup = prepare(config, bank)
             Trainer(setup, keeper=NoBank())
@@ -68,12 +68,6 @@ def check_wanted(config: Config, wanted: Wanted) -> None:
                 " same process: expected 'memory-lstm', or no --shards"
             )
         check_at_most("--shards", wanted.shards, "bank.num_rows", config.bank.num_rows)
-        if config.bank.index == PRODUCT_KEY:
-            raise ConfigError(
-                "bank.index is 'product-key', expected another with --shards: sub-keys are no"
-                " rows, which are all that a run trains in shards (a program of your own may train"
-                " them: ShardedProductKeys)"
-            )
     if config.training.device not in ("cpu", "cuda"):
         raise ConfigError(
             f"training.device is {config.training.device!r}, expected 'cpu' or 'cuda': with"

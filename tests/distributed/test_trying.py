@@ -4,7 +4,7 @@ from sparsemem.distributed.cluster import Wanted
 from sparsemem.distributed.trying import tried
 from sparsemem.training.config import make_config
 from sparsemem.training.errors import ConfigError
-from tests.oracles.sharded_runs import CONFIG
+from tests.oracles.sharded_runs import BANKS, CONFIG
 
 
 def changed(**sections):
@@ -25,8 +25,9 @@ def test_workers_may_have_gpus_where_the_driver_has_none():
         tried(changed(training=training | {"device": "cuda:1"}), Wanted(4, 2))
 
 
-def test_a_large_bank_is_not_made():
-    bank = CONFIG["bank"] | {"num_rows": 10**12}
+@pytest.mark.parametrize("index", BANKS)
+def test_a_large_bank_is_not_made(index):
+    bank = CONFIG["bank"] | BANKS[index] | {"num_rows": 10**12}
     assert tried(changed(bank=bank), Wanted(4, 2)).config.bank.num_rows == 10**12
 
 
@@ -46,8 +47,17 @@ def test_a_large_bank_is_not_made():
             Wanted(2, 1),
             "--shards is 2, but the config has no section bank",
         ),
+        (
+            {"bank": CONFIG["bank"] | BANKS["product-key"] | {"num_rows": 10**6 + 1}},
+            Wanted(2, 1),
+            "bank.num_rows is 1000001, expected a perfect square",
+        ),
+        (
+            {"bank": CONFIG["bank"] | BANKS["product-key"] | {"metric": "cosine"}},
+            Wanted(2, 1),
+            "bank.metric is 'cosine', expected 'ip' or 'l2'",
+        ),
         ({"bank": CONFIG["bank"] | {"metric": "dot"}}, Wanted(2, 1), r"bank\.?:? ?metric is 'dot'"),
-        ({"bank": CONFIG["bank"] | {"index": "product-key"}}, Wanted(2, 1), "bank.index is 'produ"),
         (
             {"model": {"name": "sam", "hidden_size": 4}},
             Wanted(2, 1),

@@ -4,7 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from sparsemem.training.banks import keeper_of
 from sparsemem.training.config import make_config
+from sparsemem.training.launch import load_run
 from sparsemem.training.run import RunFolder
 from sparsemem.training.setup import prepare
 from sparsemem.training.trainer import Trainer
@@ -29,9 +31,17 @@ CONFIG = {
 }
 
 
-def config_of(**training):
-    """The config, with some values of its section `training` changed."""
-    return make_config({**CONFIG, "training": CONFIG["training"] | training})
+# What is changed of its bank, by how rows are found.
+BANKS = {
+    "exact": {},
+    "product-key": {"num_rows": 196, "value_width": 6, "index": "product-key", "metric": "ip"},
+}
+
+
+def config_of(index="exact", **training):
+    """The config, with an index, and some values of its section `training` changed."""
+    changed = {"bank": CONFIG["bank"] | BANKS[index], "training": CONFIG["training"] | training}
+    return make_config(CONFIG | changed)
 
 
 def alone(path, config):
@@ -41,6 +51,12 @@ def alone(path, config):
     with run.lock():
         trainer.train(run)
     return run
+
+
+def rows(run, which="last", keeper_for=keeper_of):
+    """What the bank held at a checkpoint of a run: the tables, and sub-keys if it has any."""
+    setup, _ = load_run(run, run.config(), which, keeper_for)
+    return [parameter.detach() for parameter in setup.bank.parameters()]
 
 
 def metrics(run):

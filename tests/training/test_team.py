@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from sparsemem.distributed.bank import ShardedBank
-from sparsemem.distributed.keeper import Versions
+from sparsemem.distributed.keeper import Versions, go_back
+from sparsemem.distributed.opening import open_bank
 from sparsemem.distributed.transport import LocalShards
+from sparsemem.distributed.versions import read_version
+from sparsemem.optim.remote import remote_bank_of
 from sparsemem.tasks import CopyTask
 from sparsemem.training.banks import NoBank, bank_arguments, dense_parameters
 from sparsemem.training.checkpoint import list_checkpoints
@@ -86,7 +89,9 @@ class Threads:
         return self.stopped
 
     def wrapped(self, model):
-        for parameter in dense_parameters(model):
+        for parameter in model.parameters():
+            if remote_bank_of(parameter) is not None:
+                continue
             parameter.register_hook(
                 lambda gradient: sum(self.table.exchanged(self.rank, gradient)) / self.size
             )
@@ -112,17 +117,40 @@ TREE = {
 }
 
 
+INDICES = {"exact": {}, "product-key": {"index": "product-key", "metric": "ip"}}
+
+
+def with_index(index):
+    return make_config(TREE | {"bank": TREE["bank"] | INDICES[index]})
+
+
 def team_of(size, path, config):
     """Trainers of a team over two shards, and the run folder that they share."""
     folder = ShardedBank.create(path / "bank", **bank_arguments(config), num_shards=2)
-    shards = LocalShards(folder)
-    whole, table, trainers = ShardedBank(folder, shards), Table(size), []
+    whole = open_bank(folder, LocalShards(folder))
     run = RunFolder.create(path / "run", prepare(config, whole).config)
+    return team_over(whole, size, run, config), run, whole
+
+
+def team_over(whole, size, run, config):
+    """Trainers of a team over a bank."""
+    table, trainers = Table(size), []
     for rank in range(size):
         bank = whole.as_worker(rank, of=size)
         team = Threads(rank, table)
         trainers.append(Trainer(prepare(config, bank), team, Versions(bank, run)))
-    return trainers, run, whole
+    return trainers
+
+
+def gone_on(trainers, run, size, config):
+    """Another team, that goes on from the newest checkpoint of a run."""
+    path, shards = trainers[0].keeper.bank.path, trainers[0].keeper.bank.shards
+    newest = go_back(run, open_bank(path, shards.another()))
+    others = team_over(open_bank(path, shards.another()), size, run, config)
+    with ThreadPoolExecutor(size) as pool:
+        for restored in [pool.submit(trainer.restore, newest) for trainer in others]:
+            restored.result()
+    return others
 
 
 def train_together(trainers, run, stops):
@@ -141,15 +169,26 @@ def figures(run):
     ]
 
 
+@pytest.fixture(params=INDICES)
+def single(request, tmp_path, plain_errors):
+    """One trainer with a bank of its own, which has trained; its run, and how rows are found."""
+    alone = Trainer(prepare(with_index(request.param)))
+    run = RunFolder.create(tmp_path / "single", alone.config)
+    alone.train(run, Silent())
+    return alone, run, request.param
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_members_see_and_learn_what_one_trainer_does(tmp_path, plain_errors, size):
-    config = make_config(TREE)
-    trainers, run, whole = team_of(size, tmp_path / "team", config)
+def test_members_see_and_learn_what_one_trainer_does(tmp_path, single, size):
+    config = with_index(single[2])
+    trainers, run, _ = team_of(size, tmp_path / "team", config)
     outcomes = train_together(trainers, run, [Stop() for _ in trainers])
     assert outcomes == [Outcome.FINISHED] * size
-    alone = Trainer(prepare(config))
-    single = RunFolder.create(tmp_path / "single", alone.config)
-    alone.train(single, Silent())
+    check_same(trainers, run, *single[:2])
+
+
+def check_same(trainers, run, alone, single):
+    """Members and their run are as one trainer and its run."""
     ours, expected = figures(run), figures(single)
     assert len(ours) == len(expected) == 12
     for record, other in zip(ours, expected, strict=True):
@@ -161,8 +200,25 @@ def test_members_see_and_learn_what_one_trainer_does(tmp_path, plain_errors, siz
         pairs = (dense_parameters(trainer.model), dense_parameters(alone.model))
         for own, other in zip(*pairs, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
-    rows = whole.gather(torch.arange(64)).detach()
-    torch.testing.assert_close(rows, alone.setup.bank.keys.detach(), rtol=1e-9, atol=1e-12)
+    first = trainers[0].setup.bank
+    saved = read_version(first.path)  # with sub-keys
+    for own, other in zip(saved.parameters(), alone.setup.bank.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+    if first.has_product_keys:
+        for trainer in trainers:
+            assert torch.equal(trainer.setup.bank.keys, saved.keys)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 1)])
+def test_another_number_of_members_goes_on(tmp_path, single, sizes):
+    config = with_index(single[2])
+    config.training.steps = 7
+    trainers, run, _ = team_of(sizes[0], tmp_path / "team", config)
+    train_together(trainers, run, [Stop() for _ in trainers])
+    config.training.steps = 10
+    others = gone_on(trainers, run, sizes[1], config)
+    train_together(others, run, [Stop() for _ in others])
+    check_same(others, run, *single[:2])
 
 
 def test_one_member_that_is_asked_stops_all_at_the_same_step(tmp_path, plain_errors):
