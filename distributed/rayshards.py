@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ class ShardActor:
         self._home, self._turn = ShardHome(Path(path), shard, patience), Lock()
         self._metrics = ShardMetrics(path, shard, self._stats)
         self._lines = Switchboard(self.call) if ARE_THERE else None
+        gc.freeze()  # what there is by now stays: nothing to look through for garbage each time
 
     def call(self, call: Packed) -> Packed:
         """What the shard answers."""

@@ -15,7 +15,7 @@ from sparsemem.indexes.ranking import GRID_BITS
 from sparsemem.indexes.triton_switch import use_triton
 from sparsemem.kernels import Kernels, can_find, kernels_for
 from sparsemem.kernels.fused import addresses, can_step
-from sparsemem.kernels.threads import in_parts
+from sparsemem.kernels.threads import at_once, in_parts, shares
 from sparsemem.memory.entries import Entries
 
 if TYPE_CHECKING:
@@ -192,19 +192,32 @@ def advance(
     kernels: Kernels, store: EpisodeStore, sequence: Sequence, weights: tuple[Tensor, ...]
 ) -> int:
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
-    sizes, taken, lap_begun = sequence.sizes, 0, False
-    while taken < sizes.steps:
-        if is_barred(store, sizes.growth):
-            break
+    sizes, time, lap_begun = sequence.sizes, store.order.time, False
+    work = sizes.work * sizes.steps if goes_through(store, sequence) else 0
+    bounds = shares(sizes.batch, work)
+    taken = [0] * (len(bounds) - 1)  # of each part
+    while min(taken) < sizes.steps and not is_barred(store, sizes.growth):
         reserve(store, sizes)
-        now = run(kernels, store, sequence, weights, taken)
+        parts = [*zip(bounds, bounds[1:], taken, strict=False)]
+        now = run(kernels, store, sequence, weights, parts, time)
         has_room = store.extent + sizes.growth <= rows_allowed(store)
         if now == taken and has_room:
             if lap_begun:
                 break  # the last reads are out of place; a step by itself tells
             store.order.least_recent(sizes.heads)  # begins a lap, from which the kernel goes on
         taken, lap_begun = now, now == taken and has_room
-    return taken
+    return min(taken)
+
+
+def goes_through(store: EpisodeStore, sequence: Sequence) -> bool:
+    """Whether nothing but room can stop a step: then parts of the batch may go ahead of others."""
+    sizes, last = sequence.sizes, sequence.ids[0]
+    growth = sizes.steps * sizes.growth
+    return (
+        store.extent + growth <= store.num_slots  # no lap ends
+        and not is_barred(store, growth)
+        and bool((last >= 0).all() and (last < store.rows.shape[1]).all())
+    )
 
 
 def is_long(store: EpisodeStore, growth: int) -> bool:
@@ -253,21 +266,28 @@ def run(
     store: EpisodeStore,
     sequence: Sequence,
     weights: tuple[Tensor, ...],
-    first: int,
-) -> int:
-    """Steps from `first` on, until they stop; how many there are then."""
+    parts: list[tuple[int, int, int]],
+    time: int,
+) -> list[int]:
+    """Steps of each part of the batch (begin, end, from which step on), until they stop; how many
+    there are then. The first step is that at `time`.
+    """
     order, sizes, capacity = store.order, sequence.sizes, store.rows.shape[1]
     touched, pointer, kept = (part.clone() for part in (store.touched, order.pointer, order.kept))
-    bits = GRID_BITS[store.rows.dtype]
-    allowed, found, tables = searching(store, sizes, first)
-    limits = (capacity, store.num_slots, bits, order.time - first, allowed, first)
+    bits, before = GRID_BITS[store.rows.dtype], min(first for *_, first in parts)
+    allowed, found, tables = searching(store, sizes, before)
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
     places = addresses(*state, pointer, kept, *weights, *sequence.records)
-    now = kernels.unroll(kernels.like, (*sizes, *limits, *found), places, tables)
-    store.version += now > first
+
+    def part(begin: int, end: int, first: int, _: Any = (state, weights, sequence)) -> int:
+        limits = (capacity, store.num_slots, bits, time, allowed, first, *found, begin, end)
+        return int(kernels.unroll(kernels.like, (*sizes, *limits), places, tables))
+
+    now = at_once(part, parts)
+    store.version += now != [first for *_, first in parts]
     store.touched, store.extent = touched, int(touched.max())
-    order.pointer, order.kept, order.time = pointer, kept, order.time + now - first
-    return now  # type: ignore[no-any-return]
+    order.pointer, order.kept, order.time = pointer, kept, time + min(now)
+    return now
 
 
 def go_back(kernels: Kernels, sizes: Sizes, buffer: Tensor, *tensors: Tensor) -> None:

@@ -7,11 +7,15 @@ Python threads at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 # Products added up, of one part: a tenth of a millisecond, more than it takes to hand it over.
 WORK = 1_000_000
@@ -27,17 +31,20 @@ os.register_at_fork(after_in_child=pool.cache_clear)  # a fork has no threads bu
 
 
 def in_parts(run: Callable[[int, int], object], batch_size: int, work: int) -> None:
-    """run(begin, end) for elements 0 .. batch_size - 1, in as many threads as torch may use.
+    """run(begin, end) for elements 0 .. batch_size - 1, in as many threads as torch may use."""
+    at_once(run, [*pairwise(shares(batch_size, work))])
+
+
+def shares(batch_size: int, work: int) -> list[int]:
+    """Where the parts of a batch begin that are worth a thread each, and where the last ends."""
+    parts = max(1, min(batch_size, torch.get_num_threads(), work // WORK))
+    return [batch_size * part // parts for part in range(parts + 1)]
+
+
+def at_once(run: Callable[..., Result], parts: Sequence[tuple[int, ...]]) -> list[Result]:
+    """run(*part) for each part, in threads, the first in the caller's; what each returns.
 
     `run` keeps alive what it works on: a part goes on when the caller is interrupted.
     """
-    parts = min(batch_size, torch.get_num_threads(), work // WORK)
-    if parts < 2:
-        run(0, batch_size)
-        return
-    bounds = [batch_size * part // parts for part in range(parts + 1)]
-    others = pool(parts - 1)
-    jobs = [others.submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
-    run(*bounds[:2])
-    for job in jobs:
-        job.result()
+    jobs = [pool(len(parts) - 1).submit(run, *part) for part in parts[1:]]
+    return [run(*parts[0]), *[job.result() for job in jobs]]

@@ -30,7 +30,7 @@ from sparsemem.kernels.tree import has_room, propose, tree_of, trees_at, update
 
 @kernel
 def unroll(like, sizes, addresses, tables):
-    """Steps `first` .. T - 1; how many are taken then.
+    """Steps `first` .. T - 1 of elements begin .. end - 1; how many are taken then.
 
     It stops before a step that might touch rows beyond `allowed`, or for which a lap holds too few
     slots or a tree too few nodes, or whose last reads are out of place. Elements that have touched
@@ -39,9 +39,8 @@ def unroll(like, sizes, addresses, tables):
     """
     steps, batch, heads, width, inputs, k, hidden = sizes[:7]
     capacity, num_slots, grid_bits, time, allowed, first = sizes[7:13]
-    minimum, proposed, groups, lists, node_size, node_lists, node_groups = sizes[13:]
+    minimum, proposed, groups, lists, node_size, node_lists, node_groups, begin, end = sizes[13:]
     whole, features, scale = np.empty(0, np.int64), hidden + heads * width, 2.0**grid_bits
-    none = np.int64(0)  # not a literal, which Numba would compile `add_product` for anew
     rows = array_at(addresses[0], like, (batch, capacity, width))
     norms = array_at(addresses[1], like, (batch, capacity))
     touched = array_at(addresses[2], whole, (batch,))
@@ -70,7 +69,7 @@ def unroll(like, sizes, addresses, tables):
     candidates, code = np.empty(proposed, np.int64), np.empty(width, np.int16)
     fresh, next_start = np.empty_like(kept), np.empty_like(start)
     for t in range(first, steps):
-        for b in range(batch):
+        for b in range(begin, end):
             laps = lap[b] if lap_start[b] else lap[b, :0]
             next_start[b] = choose_fresh(
                 kept[b], laps, lap_start[b], start[b], last_access[b], num_slots, fresh[b]
@@ -86,14 +85,14 @@ def unroll(like, sizes, addresses, tables):
                 entering = touched[b] + heads + k - trees.entered[b, 0]
                 if not has_room(tree_of(trees, b), entering, write_ids[t, b].size):
                     return t
-        add_product(carried[t], recurrent, gates[t], none, batch)
-        for b in range(batch):
+        add_product(carried[t], recurrent, gates[t], begin, end)
+        for b in range(begin, end):
             assign(kept[b], fresh[b])
             start[b] = next_start[b]
             lstm(gates[t, b], cells[t, b], cells[t + 1, b], carried[t + 1, b])
             assign(flat[t, b], bias)
-        add_product(carried[t + 1], interface, flat[t], none, batch)
-        for b in range(batch):
+        add_product(carried[t + 1], interface, flat[t], begin, end)
+        for b in range(begin, end):
             stop = write(
                 rows[b], norms[b], values[t, b], width, ids[t, b], weights[t, b], fresh[b],
                 write_ids[t, b], write_weights[b],
@@ -176,5 +175,5 @@ def unroll_backward(like, sizes, addresses):
 
 
 # Sizes and addresses, and those of `trees_at`, which take as long again to compile.
-ENTRIES: dict[Any, tuple[int, ...]] = {unroll: (20, 20, 0), unroll_backward: (10, 15)}
-WITH_TREES = {unroll: (20, 20, 16)}
+ENTRIES: dict[Any, tuple[int, ...]] = {unroll: (22, 20, 0), unroll_backward: (10, 15)}
+WITH_TREES = {unroll: (22, 20, 16)}

@@ -256,19 +256,54 @@ def test_a_sequence_that_failed_leaves_a_gradient_pass_clean(form):
     assert torch.equal(ours[0], truth[0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize("num_slots", [13, 400])
-def test_threads_change_nothing_bit_for_bit(batch_size, num_slots, form, taken, monkeypatch):
+@pytest.fixture
+def threads(monkeypatch):
+    """threads(n): kernels use so many from here on, however little there is to do."""
     monkeypatch.setattr("sparsemem.kernels.threads.WORK", 1)
-    model = small(num_slots=num_slots).float()
+
+    def use(count):  # torch itself goes on with one
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+
+    return use
+
+
+def one_of(calls):
+    """Instead of `at_once`: only the part that is most behind takes steps, the last of those."""
+
+    def run(part, parts):
+        calls.append(len(parts))
+        reached = [first for *_, first in parts]
+        chosen = len(parts) - 1 - reached[::-1].index(min(reached))
+        reached[chosen] = part(*parts[chosen])
+        return reached
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(("num_slots", "index_after"), [(13, None), (400, None), (1000, 40)])
+@pytest.mark.parametrize("in_step", [True, False])
+def test_threads_change_nothing_bit_for_bit(
+    batch_size, num_slots, index_after, in_step, form, taken, threads, monkeypatch
+):
+    """Of laps, which end for some and not for others, all parts go through together."""
+    monkeypatch.setattr(row_tree, "NODE_SIZE", 16)
+    model = small(num_slots=num_slots, index_after=index_after).float()
     input = torch.randn(batch_size, 40, 3, requires_grad=True)
     output, state = model(input)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # torch itself goes on with one
+    calls = []
+    threads(3)
+    if not in_step:
+        monkeypatch.setattr(sequence, "at_once", one_of(calls))
     threaded, end = model(input)
     assert taken == [0, 39] * 2
+    assert in_step or max(calls) == (1 if num_slots == 13 else min(batch_size, 3))
     assert torch.equal(threaded, output)
     ours, truth = everything(model, input, threaded, end), everything(model, input, output, state)
     assert all(torch.equal(ours[name], value) for name, value in truth.items())
+    for a, b in zip(ids_of(state), ids_of(end), strict=True):
+        assert torch.equal(a, b)
+    assert state.episode._store.order.time == end.episode._store.order.time
 
 
 def test_an_element_does_not_depend_on_those_beside_it(form):

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from sparsemem.kernels.threads import WORK, in_parts
+from sparsemem.kernels.threads import WORK, at_once, in_parts
 
 
 def parts_of(threads, batch_size, work):
@@ -45,3 +45,8 @@ def test_an_error_in_a_part_is_raised():
     torch.set_num_threads(2)
     with pytest.raises(OSError, match="part failed"):
         in_parts(fail, 4, 100 * WORK)
+
+
+def test_each_part_s_result_in_their_order():
+    assert at_once(lambda begin, end, add: begin + end + add, [(0, 2, 10), (2, 3, 20)]) == [12, 25]
+    assert at_once(lambda begin: -begin, [(3,)]) == [-3]
