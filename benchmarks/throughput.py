@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+# As the command line has it: torch reads it when it is loaded, here before sparsemem is.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import typer
 from common import Timings, interleaved, machine, seconds

@@ -87,7 +87,10 @@ class GroupTeam:
 
 
 def average_gradient(parameter: Tensor) -> None:
-    """From now on a backward pass ends with the mean of all members' gradients of a parameter."""
+    """From now on a backward pass ends with the mean of all members' gradients of a parameter.
+
+    Each pass of each member has to reach it: the others wait.
+    """
 
     def average(parameter: Tensor) -> None:
         assert parameter.grad is not None

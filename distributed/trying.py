@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,8 @@ from sparsemem.training.setup import Setup, check_split, prepare
 from sparsemem.training.team import check_shares
 from sparsemem.training.trainer import Trainer
 
-TRIED_ROWS = 2**16  # of the bank over which a model is made, at most: a whole one is elsewhere
+# Of the bank over which a model is made, about: a whole one is elsewhere. A square number.
+TRIED_ROWS = 2**16
 
 
 def tried(config: Config, wanted: Wanted) -> Setup:
@@ -29,7 +31,7 @@ def tried(config: Config, wanted: Wanted) -> Setup:
     check_wanted(config, wanted)
     assert config.bank is not None
     device = config.training.device
-    rows = min(config.bank.num_rows, max(TRIED_ROWS, wanted.shards))
+    rows = min(config.bank.num_rows, max(TRIED_ROWS, (math.isqrt(wanted.shards) + 1) ** 2))
     config = on_device(config, "cpu")  # trainers may have GPUs where this process has none
     with TemporaryDirectory() as folder:
         path = Path(folder) / "bank"

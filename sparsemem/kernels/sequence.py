@@ -215,7 +215,7 @@ def goes_through(store: EpisodeStore, sequence: Sequence) -> bool:
     growth = sizes.steps * sizes.growth
     return (
         store.extent + growth <= store.num_slots  # no lap ends
-        and not is_barred(store, growth)
+        and not is_barred(store, growth + sizes.growth)  # also of a step after the last
         and bool((last >= 0).all() and (last < store.rows.shape[1]).all())
     )
 
@@ -279,12 +279,15 @@ def run(
     state = (store.rows, store.norms, touched, order.last_access, order.lap, order.lap_start)
     places = addresses(*state, pointer, kept, *weights, *sequence.records)
 
-    def part(begin: int, end: int, first: int, _: Any = (state, weights, sequence)) -> int:
+    used = (state, pointer, kept, weights, sequence, store.trees and store.trees.tables)
+
+    def part(begin: int, end: int, first: int, _: Any = used) -> int:
         limits = (capacity, store.num_slots, bits, time, allowed, first, *found, begin, end)
         return int(kernels.unroll(kernels.like, (*sizes, *limits), places, tables))
 
+    store.version += 1  # before rows are changed: where that is interrupted, no state fits them
     now = at_once(part, parts)
-    store.version += now != [first for *_, first in parts]
+    store.version -= now == [first for *_, first in parts]
     store.touched, store.extent = touched, int(touched.max())
     order.pointer, order.kept, order.time = pointer, kept, time + min(now)
     return now

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
@@ -44,7 +44,12 @@ def shares(batch_size: int, work: int) -> list[int]:
 def at_once(run: Callable[..., Result], parts: Sequence[tuple[int, ...]]) -> list[Result]:
     """run(*part) for each part, in threads, the first in the caller's; what each returns.
 
-    `run` keeps alive what it works on: a part goes on when the caller is interrupted.
+    However it ends, no part is at work any more, unless the caller is interrupted again: so `run`
+    keeps alive what it works on.
     """
     jobs = [pool(len(parts) - 1).submit(run, *part) for part in parts[1:]]
-    return [run(*parts[0]), *[job.result() for job in jobs]]
+    try:
+        first = run(*parts[0])
+    finally:
+        wait(jobs)
+    return [first, *[job.result() for job in jobs]]

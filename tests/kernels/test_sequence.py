@@ -306,6 +306,42 @@ def test_threads_change_nothing_bit_for_bit(
     assert state.episode._store.order.time == end.episode._store.order.time
 
 
+def test_parts_that_no_tree_is_compiled_for_do_not_go_apart(form, threads, monkeypatch):
+    """The room for a step after a part's last may be for one that begins a tree."""
+    monkeypatch.setattr(sequence, "can_find", lambda dtype: False)
+    torch.manual_seed(2)
+    model = SAM(3, 6, 2, num_slots=1000, slot_dim=5, num_heads=2, top_k=3, index_after=66)
+    generator = torch.Generator().manual_seed(2)  # elements that touch 59 to 65 slots
+    first, scales = torch.randn(4, 1, 3, generator=generator), torch.tensor([0.1, 5.0, 0.1, 5.0])
+    later = scales.view(4, 1, 1) * torch.randn(4, 40, 3, generator=generator)
+    input = torch.cat([first, later], 1)[:, :13]
+    output, state = model(input)
+    threads(4)
+    threaded, end = model(input)
+    assert len(set(state.touched.tolist())) > 1
+    assert torch.equal(end.touched, state.touched)
+    assert torch.equal(threaded, output)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_state_whose_sequence_was_interrupted_is_refused(count, form, threads, monkeypatch):
+    model, input = small(), torch.randn(2, 9, 3, dtype=F64)
+    _, state = model(input)
+    run = sequence.at_once
+
+    def interrupted(*given):
+        run(*given)
+        raise KeyboardInterrupt
+
+    threads(count)
+    monkeypatch.setattr(sequence, "at_once", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(input, state)
+    monkeypatch.setattr(sequence, "at_once", run)
+    with pytest.raises(RuntimeError, match="already advanced"):
+        model(input, state)
+
+
 def test_an_element_does_not_depend_on_those_beside_it(form):
     model, input = small().float(), torch.randn(5, 20, 3)
     output, _ = model(input)

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -50,3 +51,17 @@ def test_an_error_in_a_part_is_raised():
 def test_each_part_s_result_in_their_order():
     assert at_once(lambda begin, end, add: begin + end + add, [(0, 2, 10), (2, 3, 20)]) == [12, 25]
     assert at_once(lambda begin: -begin, [(3,)]) == [-3]
+
+
+def test_whoever_is_interrupted_leaves_no_part_at_work():
+    done = []
+
+    def run(begin):
+        if not begin:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        done.append(begin)
+
+    with pytest.raises(KeyboardInterrupt):
+        at_once(run, [(0,), (1,)])
+    assert done == [1]
