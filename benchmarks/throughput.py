@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-# As the command line has it: torch reads it when it is loaded, here before sparsemem is.
+# Else torch's threads spin on the cores that the kernels' need. Torch reads it when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

@@ -1,12 +1,5 @@
 """Neural networks with millions of memory rows: sparse access memory for PyTorch."""
 
-import os
-import sys
-
-# Torch's threads wait for one another by spinning, on cores that the kernels' threads need.
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.reading import Hit
 from sparsemem.layers.memory_layer import MemoryLayer

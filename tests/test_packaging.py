@@ -104,18 +104,6 @@ def test_the_wheel_is_imported_without_the_tree_and_pulls_in_nothing_heavy(wheel
     assert heavy == "[]"
 
 
-def test_torch_s_threads_are_not_to_spin_unless_torch_was_there_first(repository, tmp_path):
-    code = """
-import importlib, os
-os.environ.pop("OMP_WAIT_POLICY", None)
-import sparsemem  # which loads torch
-assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
-importlib.reload(sparsemem)
-assert "OMP_WAIT_POLICY" not in os.environ, "torch has been loaded: it would say what is not so"
-"""
-    run_python(code, repository, tmp_path)
-
-
 def test_the_links_lead_to_the_folders(repository):
     for folder in ("indexes", "distributed"):
         assert (repository / "sparsemem" / folder).readlink() == Path("..") / folder
