@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -82,12 +83,15 @@ def _step_seconds(config: Config, task: Task, lengths: Lengths) -> float:
 def _whole(measured: float, half: float, ran: int, steps: int, truncate: int | None) -> float:
     """Seconds of all steps of a sequence, from those of `ran` of them, and of half as many.
 
-    Each chunk of truncated backpropagation has what a pass has beside its time steps. Noise may
-    not make a step much cheaper or dearer than its share of what was run.
+    Each chunk of truncated backpropagation has what a pass has beside its time steps; those of
+    several chunks that were run hold it. Noise may not make a step much cheaper or dearer than its
+    share of what was run.
     """
-    if steps <= ran and (truncate is None or truncate >= steps):
+    if steps <= ran:
         return measured
     share = measured / ran
+    if truncate is not None and truncate < ran:
+        return share * steps
     line = (measured - half) / max(ran - ran // 2, 1)
     each = min(max(line, CHEAPEST * share), DEAREST * share)
     constant = max(measured - each * ran, 0.0)
@@ -186,7 +190,7 @@ def _training_step(config: Config, task: Task, sizes: Sizes) -> Callable[[], obj
     optimiser = make_optimisers(config, model)
     batch = _sequences(config, task, sizes).to(device)
     clip = config.training.gradient_clip
-    return lambda: train_batch(model, task, optimiser, batch, None, clip)
+    return lambda: train_batch(model, task, optimiser, batch, config.training.truncate, clip)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -196,9 +200,17 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _sequences(config: Config, task: Task, sizes: Sizes) -> Batch:
-    """Sequences of the task, repeated or cut to the sizes: their ends, which are scored."""
-    assert config.curriculum.maximum is not None
-    whole = task.batch(0, min(config.curriculum.maximum, LEVELS[1]))
+    """Sequences of the task, about as long, repeated or cut to the sizes: their ends.
+
+    Of longer ones other parts would be scored, and a chunk in which nothing is takes no backward
+    pass.
+    """
+    low, high = config.curriculum.minimum, config.curriculum.maximum
+    assert low is not None
+    assert high is not None
+    levels = range(low, max(low, min(high, LEVELS[1])) + 1)
+    place = bisect_left(levels, sizes.steps, key=lambda level: task.batch(0, level).input.shape[1])
+    whole = task.batch(0, levels[min(place, len(levels) - 1)])
     repeats = -(-sizes.steps // whole.input.shape[1])
     parts = (torch.cat([part] * repeats, 1)[: sizes.batch, -sizes.steps :] for part in whole)
     return Batch(*parts)

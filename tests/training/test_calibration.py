@@ -61,8 +61,41 @@ def test_each_chunk_has_its_constant_cost():
     assert calibration._whole(5 + 10, 5 + 5, 10, 40, 10) == pytest.approx(4 * 5 + 40)
     assert calibration._whole(5 + 10, 5 + 5, 10, 40, None) == pytest.approx(5 + 40)
     assert calibration._whole(15, 10, 10, 10, None) == 15
+    # Of several chunks that were run, each has its own.
+    assert calibration._whole(4 * 5 + 40, 2 * 5 + 20, 40, 80, 10) == pytest.approx(8 * 5 + 80)
+    assert calibration._whole(60, 30, 40, 40, 10) == 60
     # Noise: half as many steps took longer.
     assert calibration._whole(10, 12, 10, 20, None) == pytest.approx(5 + 10)
+
+
+@pytest.mark.parametrize(("steps", "level"), [(9, 4), (8, 4), (2, 1)])
+def test_sequences_are_of_the_level_that_is_as_long(tree, steps, level):
+    """What is scored of them decides which chunks have a backward pass: of a copy, the end."""
+    config = make_config(tree | {"curriculum": {"minimum": 1, "maximum": 30}})
+    task = build_task(config, config.training.batch_size)
+    found = calibration._sequences(resolve(config, task), task, Sizes(2, steps, 12, 2**20))
+    whole = task.batch(0, level)
+    for part, expected in zip(found, whole, strict=True):
+        assert torch.equal(part, expected[:2, -steps:])
+
+
+def test_sequences_that_are_longer_than_any_level_are_repeated(tree):
+    config = make_config(tree | {"curriculum": {"minimum": 1, "maximum": 2}})
+    task = build_task(config, config.training.batch_size)
+    found = calibration._sequences(resolve(config, task), task, Sizes(2, 12, 12, 2**20))
+    assert torch.equal(found.input, torch.cat([task.batch(0, 2).input[:2]] * 3, 1)[:, -12:])
+
+
+def test_chunks_are_timed_as_they_are_trained(tree, monkeypatch):
+    tree["training"]["truncate"] = 4
+    config = make_config(tree)
+    task = build_task(config, config.training.batch_size)
+    taken = []
+    monkeypatch.setattr(
+        calibration, "train_batch", lambda model, task, steps, batch, *rest: taken.append(rest)
+    )
+    calibration._training_step(resolve(config, task), task, Sizes(2, 9, 12, 64))()
+    assert taken == [(4, config.training.gradient_clip)]
 
 
 def test_a_real_calibration_tells_a_time_and_leaves_things_alone(tree, monkeypatch):
