@@ -16,10 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-# Else torch's threads spin on the cores that the kernels' need. Torch reads it when it is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import torch
 import typer
 from common import Timings, interleaved, machine, seconds
 
@@ -27,6 +23,7 @@ from sparsemem.indexes.triton_switch import SWITCH
 from sparsemem.training.config import load_config
 from sparsemem.training.errors import ConfigError
 from sparsemem.training.setup import prepare
+from sparsemem.training.threads import set_threads
 from sparsemem.training.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +36,8 @@ WARM_UP, MOST, SECONDS = 2, 31, 16.0  # of all kinds together
 def a_step(trainer: Trainer, switch: str, threads: int) -> None:
     """One training step at the highest level."""
     os.environ[SWITCH] = switch
-    torch.set_num_threads(threads)
+    trainer.config.training.threads = threads
+    set_threads(trainer.config)
     trainer._train_batch(trainer.curriculum.maximum)
     trainer.step += 1
 

@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from sparsemem.bank import commands as bank_commands
@@ -28,6 +27,7 @@ from sparsemem.training.launch import evaluate_run, load_run, resume, start
 from sparsemem.training.plan import lines as plan_lines
 from sparsemem.training.plan import plan_memory
 from sparsemem.training.run import RunFolder
+from sparsemem.training.threads import set_threads
 from sparsemem.training.trainer import Outcome
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -217,10 +217,10 @@ def tasks() -> None:
 
 
 def _open(run: Path, overrides: list[str] | None) -> tuple[RunFolder, Config]:
-    """A run's folder and its config with changes; sets torch's thread count."""
+    """A run's folder and its config with changes; `set_threads`."""
     folder = RunFolder.open(run)
     config = folder.config(overrides or [])
-    torch.set_num_threads(config.training.threads)
+    set_threads(config)
     return folder, config
 
 

@@ -14,6 +14,8 @@ sampler.install("sparsemem")
 
 import torch  # noqa: E402
 
+from sparsemem.kernels.threads import use_threads  # noqa: E402
+
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:  # Triton's kernels run in its interpreter, which is chosen when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -38,6 +40,7 @@ def _deterministic_start():
     sampler.new_test()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    use_threads(None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

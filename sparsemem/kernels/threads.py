@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 # Products added up, of one part: a tenth of a millisecond, more than it takes to hand it over.
 WORK = 1_000_000
 
+_own: int | None = None  # threads of kernels, where they are not as many as torch's
+
 
 @cache
 def pool(size: int) -> ThreadPoolExecutor:
@@ -30,14 +32,25 @@ def pool(size: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=pool.cache_clear)  # a fork has no threads but its own
 
 
+def use_threads(count: int | None) -> None:
+    """Share work out over at most so many threads from now on; None: as many as torch may use."""
+    global _own
+    _own = count
+
+
+def own_threads() -> int | None:
+    """What `use_threads` said last; None at first."""
+    return _own
+
+
 def in_parts(run: Callable[[int, int], object], batch_size: int, work: int) -> None:
-    """run(begin, end) for elements 0 .. batch_size - 1, in as many threads as torch may use."""
+    """run(begin, end) for elements 0 .. batch_size - 1, in as many threads as pay."""
     at_once(run, [*pairwise(shares(batch_size, work))])
 
 
 def shares(batch_size: int, work: int) -> list[int]:
     """Where the parts of a batch begin that are worth a thread each, and where the last ends."""
-    parts = max(1, min(batch_size, torch.get_num_threads(), work // WORK))
+    parts = max(1, min(batch_size, own_threads() or torch.get_num_threads(), work // WORK))
     return [batch_size * part // parts for part in range(parts + 1)]
 
 

@@ -28,6 +28,7 @@ from sparsemem.training.dryrun import is_sparse, linear
 from sparsemem.training.optimisers import make_optimisers
 from sparsemem.training.plan import Lengths, Planned, Seconds, model_on
 from sparsemem.training.setup import as_trained, device_of
+from sparsemem.training.threads import threads_of
 
 SPARSE_STEPS, DENSE_STEPS = 64, 16  # that are run, at most
 MOST_SEQUENCES, MOST_HIDDEN = 64, 512
@@ -50,13 +51,8 @@ class Sizes(NamedTuple):
 def plan_seconds(planned: Planned) -> Seconds:
     """Time a few training steps at the config's sizes, or as near to them as is quick."""
     config, task, lengths, _ = planned
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.training.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            step = _step_seconds(config, task, lengths) + _data_seconds(config, task)
-    finally:
-        torch.set_num_threads(threads)
+    with threads_of(config), torch.random.fork_rng(devices=[]):
+        step = _step_seconds(config, task, lengths) + _data_seconds(config, task)
     return Seconds(step=step, total=step * config.training.steps)
 
 

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from sparsemem.bench.measuring import profiling
 from sparsemem.files import replace_file
 from sparsemem.indexes.triton_switch import use_triton
+from sparsemem.kernels.threads import own_threads
 from sparsemem.models.base import MemoryModel
 from sparsemem.training.errors import RunError
 from sparsemem.training.regions import Stopwatch, in_region, listening, region
@@ -158,7 +159,8 @@ class Profile:
     def summary(self) -> dict[str, Any]:
         """Seconds of a step by region."""
         seconds = {name: total / self.timed for name, total in self.stopwatch.seconds.items()}
-        return {"steps": self.timed, "seconds_a_step": seconds, "threads": torch.get_num_threads()}
+        threads = own_threads() or torch.get_num_threads()
+        return {"steps": self.timed, "seconds_a_step": seconds, "threads": threads}
 
 
 def table(seconds: dict[str, float], steps: int) -> list[str]:

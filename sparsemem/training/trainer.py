@@ -43,6 +43,7 @@ from sparsemem.training.run import MetricsLog, NoLog, RunFolder
 from sparsemem.training.setup import Setup, as_trained, describe, load_model, package_version
 from sparsemem.training.signals import Stop, stop_on_signal
 from sparsemem.training.team import ALONE, Team, check_shares
+from sparsemem.training.threads import set_threads
 
 Log = MetricsLog | NoLog
 
@@ -69,7 +70,7 @@ class Trainer:
     """
 
     def __init__(self, setup: Setup, team: Team = ALONE, keeper: Keeper | None = None) -> None:
-        """Make optimisers, schedules and curriculum; sets torch's thread count, which is global.
+        """Make optimisers, schedules and curriculum; `set_threads`.
 
         ConfigError if a batch cannot be shared out evenly; ValueError for a team with a bank in
         this process.
@@ -84,7 +85,7 @@ class Trainer:
         self.keeper = keeper_of(setup.bank) if keeper is None else keeper
         training = self.config.training
         check_shares(training.batch_size, team.size)
-        torch.set_num_threads(training.threads)
+        set_threads(self.config)
         self.device = next(self.model.parameters()).device
         self.trained = team.wrapped(as_trained(self.config, self.model))
         self.optimisers = make_optimisers(self.config, self.model)

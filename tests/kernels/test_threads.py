@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from sparsemem.kernels.threads import WORK, at_once, in_parts
+from sparsemem.kernels.threads import WORK, at_once, in_parts, shares, use_threads
 
 
 def parts_of(threads, batch_size, work):
@@ -36,6 +36,13 @@ def test_every_element_once_in_as_many_parts_as_pay(threads, batch_size, work, b
     parts = parts_of(threads, batch_size, work)
     assert [part[:2] for part in parts] == bounds
     assert parts[0][2] == threading.current_thread().name
+
+
+def test_kernels_may_have_threads_of_their_own():
+    use_threads(2)
+    assert shares(8, 100 * WORK) == [0, 4, 8]
+    use_threads(None)
+    assert shares(8, 100 * WORK) == [0, 8]
 
 
 def test_an_error_in_a_part_is_raised():
