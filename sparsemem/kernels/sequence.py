@@ -193,8 +193,9 @@ def advance(
 ) -> int:
     """Take steps, with more room or a new lap where they stop for it; how many there are."""
     sizes, time, lap_begun = sequence.sizes, store.order.time, False
-    work = sizes.work * sizes.steps if goes_through(store, sequence) else 0
-    bounds = shares(sizes.batch, work)
+    bounds = shares(sizes.batch, sizes.work * sizes.steps)
+    if len(bounds) > 2 and not goes_through(store, sequence):
+        bounds = [0, sizes.batch]
     taken = [0] * (len(bounds) - 1)  # of each part
     while min(taken) < sizes.steps and not is_barred(store, sizes.growth):
         reserve(store, sizes)

@@ -43,6 +43,11 @@ def own_threads() -> int | None:
     return _own
 
 
+def num_threads() -> int:
+    """How many threads kernels use at most."""
+    return _own or torch.get_num_threads()
+
+
 def in_parts(run: Callable[[int, int], object], batch_size: int, work: int) -> None:
     """run(begin, end) for elements 0 .. batch_size - 1, in as many threads as pay."""
     at_once(run, [*pairwise(shares(batch_size, work))])
@@ -50,7 +55,7 @@ def in_parts(run: Callable[[int, int], object], batch_size: int, work: int) -> N
 
 def shares(batch_size: int, work: int) -> list[int]:
     """Where the parts of a batch begin that are worth a thread each, and where the last ends."""
-    parts = max(1, min(batch_size, own_threads() or torch.get_num_threads(), work // WORK))
+    parts = max(1, min(batch_size, num_threads(), work // WORK))
     return [batch_size * part // parts for part in range(parts + 1)]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.rows import bank_of
+from sparsemem.bank.watching import is_table
 from sparsemem.optim.gradients import Change, computing_dtype
 
 
@@ -76,8 +77,9 @@ def remote_bank_of(parameter: Tensor) -> RemoteBank | None:
 
     Sub-keys of product keys are here, whoever has the rows.
     """
-    bank = bank_of(parameter)
-    return cast("RemoteBank", bank) if bank is not None and 0 in parameter.stride() else None
+    if bank_here(parameter) is not None or not is_table(parameter):
+        return None
+    return cast("RemoteBank", bank_of(parameter))
 
 
 def team_tables(parameters: Iterable[Tensor]) -> dict[RemoteBank, list[Tensor]]:

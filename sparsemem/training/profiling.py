@@ -17,14 +17,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sparsemem.bench.measuring import profiling
 from sparsemem.files import replace_file
 from sparsemem.indexes.triton_switch import use_triton
-from sparsemem.kernels.threads import own_threads
+from sparsemem.kernels.threads import num_threads
 from sparsemem.models.base import MemoryModel
 from sparsemem.training.errors import RunError
 from sparsemem.training.regions import Stopwatch, in_region, listening, region
@@ -159,8 +158,7 @@ class Profile:
     def summary(self) -> dict[str, Any]:
         """Seconds of a step by region."""
         seconds = {name: total / self.timed for name, total in self.stopwatch.seconds.items()}
-        threads = own_threads() or torch.get_num_threads()
-        return {"steps": self.timed, "seconds_a_step": seconds, "threads": threads}
+        return {"steps": self.timed, "seconds_a_step": seconds, "threads": num_threads()}
 
 
 def table(seconds: dict[str, float], steps: int) -> list[str]:

@@ -112,7 +112,7 @@ def test_the_tuned_kind_looks_into_some_of_its_lists_and_is_tuned_while_it_works
 @cases
 @pytest.mark.usefixtures("plain_errors")  # shapes are checked above, at ten times the time
 def test_much_random_work(kind, metric):
-    sequences(300)(given(work, manners)(lambda ops, manner: run(kind, metric, ops, manner)))()
+    sequences(400)(given(work, manners)(lambda ops, manner: run(kind, metric, ops, manner)))()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
