@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import MISSING, Found
-from sparsemem.indexes.compiling import changed_rows
+from sparsemem.indexes.compiling import loops_for
 from sparsemem.indexes.exact import BLOCK_ROWS, best_rows, upper_bounds
 from sparsemem.indexes.kinds import to_faiss
-from sparsemem.indexes.lists import squares
+from sparsemem.indexes.lists import OFFSET_BITS, squares
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.scoring import TableScoring
 from sparsemem.indexes.table import RowTable
 
 FIRST_CAPACITY = 1_024
+
+
+class Known(NamedTuple):
+    """What an index knows of rows and of its lists."""
+
+    label_of: Any  # [N]: one more than a row's label; 0: it has none
+    places: Any  # [labels]: FAISS's direct map
+    chosen: Any  # [N]: squared distance from the centroid when the list was chosen
+    centroids: Any  # [L, W]
 
 
 class Buffer:
@@ -147,21 +157,33 @@ class Buffer:
         self._rows.index_copy_(0, self._tensor(holes), self._rows[self._tensor(stay)])
         self.count = count
 
-    def look(self, metric: Metric, ids: Any, lists: Any, centroids: Any) -> tuple[Any, Any]:
-        """Rows [n] that are here as FAISS sees them, and how far they are from centroids.
+    def staying(
+        self, metric: Metric, ids: Any, known: Known, usual: float, farther: float
+    ) -> tuple[Any, Any, Any, Any]:
+        """Rows [n] that are here, in the index too, and still belong where their entries are.
 
-        Vectors [n, W] and the squared distances [n] from the centroids [L, W] of `lists` [n].
+        That is as near, squared, to their lists' centroids as `usual`, or as `farther` times the
+        distance at which the lists were chosen. Their ids, labels, lists, and vectors [m, W] as
+        FAISS sees them.
         """
         if (loops := self._loops()) is not None:
+            kept, labels, lists = np.empty_like(ids), np.empty_like(ids), np.empty_like(ids)
             vectors = np.empty((len(ids), self.table.width), np.float32)
-            given = (ids, self.place, self._rows.numpy(), lists, centroids)
-            return vectors, loops.look(*given, metric is Metric.cosine, vectors)
+            made = (kept, labels, lists, vectors)
+            given = (*known, self.place, self._rows.numpy(), usual, farther)
+            count = loops.staying(ids, *given, metric is Metric.cosine, *made)
+            return kept[:count], labels[:count], lists[:count], vectors[:count]
+        ids = ids[known.label_of[ids] > 0]
+        labels = known.label_of[ids] - 1
+        lists = known.places[labels] >> OFFSET_BITS
         vectors = to_faiss(self.table.take(self._tensor(ids)), metric)
-        return vectors, squares(vectors, centroids[lists])
+        away = squares(vectors, known.centroids[lists])
+        near = away <= np.maximum(usual, farther * known.chosen[ids])
+        return ids[near], labels[near], lists[near], vectors[near]
 
     def _loops(self) -> ModuleType | None:
         """Compiled ones, where these are for the rows."""
-        return changed_rows() if self._rows.device.type == "cpu" else None
+        return loops_for(self._rows)
 
     def scan(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
         """The k best of the rows, exactly: by score, then id."""
@@ -179,7 +201,7 @@ class Buffer:
             for part in torch.split(places, BLOCK_ROWS):
                 yield ids[part], self._rows[part]
 
-        return best_rows(self.table.take, metric, queries, k, blocks, ordered)
+        return best_rows(TableScoring(self.table, metric), queries, k, blocks, ordered)
 
     def above(
         self, metric: Metric, queries: Float[Tensor, "Q W"], floor: Float[Tensor, " Q"], most: int

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+from torch import Tensor
+
 from sparsemem.indexes.triton_switch import choice
 
 SILENT_SECONDS = 3.0  # loading from the cache takes one, two on a busy machine; compiling twenty
@@ -52,15 +54,15 @@ def compiling_said(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def changed_rows() -> ModuleType | None:
-    """The compiled loops of a buffer of changed rows; None: use the numpy code."""
-    return None if choice() == "reference" else _changed_rows()
+def loops_for(rows: Tensor) -> ModuleType | None:
+    """The compiled loops over rows of a table that lies here; None: use the numpy or torch code."""
+    return None if choice() == "reference" or rows.device.type != "cpu" else _loops()
 
 
 @cache
-def _changed_rows() -> ModuleType | None:
-    with compiling_said("an index's upkeep"), falling_back("notices of changed rows"):
-        from sparsemem.indexes import changed_rows as loops
+def _loops() -> ModuleType | None:
+    with compiling_said("an index's loops"), falling_back("searches of an index and its upkeep"):
+        from sparsemem.indexes import loops
 
         loops.compile_all()
         return loops

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparsemem.indexes.buffer import Buffer
+from sparsemem.indexes.base import Found, best_of
+from sparsemem.indexes.buffer import Buffer, Known
+from sparsemem.indexes.compiling import loops_for
+from sparsemem.indexes.derivation import (
+    LEAST_TRAINING,
+    MOST_STRAYS,
+    QUANTISED,
+    SPARE,
+    START_EFFORT,
+    Abandoned,
+    Derivation,
+    Setting,
+)
 from sparsemem.indexes.kinds import (
     ASSIGNMENT_PROBES,
-    Knob,
     add_to_lists,
     encodes_quickly,
     enter_in_place,
@@ -29,25 +41,15 @@ from sparsemem.indexes.kinds import (
 )
 from sparsemem.indexes.lists import Lists
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.scoring import TableScoring
 from sparsemem.indexes.table import RowTable
 
-SPARE = 4  # candidates beyond k: FAISS's scores differ from the rows' own by rounding
 DEEPER = 8  # how many times more candidates are asked for when too many were stale
 MOST_CANDIDATES = 2_048  # where even these are too few, a scan says what is true
-QUANTISED = 4  # times k candidates where the index scores something coarser than the rows
-START_EFFORT = 16
 BUILD_CHUNK = 16_384  # rows read at once
-LEAST_TRAINING = 10_000
 NOWHERE = -1
 FARTHER = 1.05  # times the squared distance at which a list was chosen: it need not be again
-MOST_STRAYS = 0.25  # of the live rows: a scan of more would be dearer than looking harder
-
-
-class Setting(NamedTuple):
-    """How hard a search looks: the value of the knob, and candidates asked for, in units of k."""
-
-    effort: int
-    oversample: int
+FEW = 4_096  # rows of the buffer of which it pays to look at those alone that are good enough
 
 
 class Batch(NamedTuple):
@@ -66,88 +68,6 @@ class Prepared(NamedTuple):
     lists: Any  # [n]; None: the index says
     far: Any  # bool [n]: strays
     chosen: Any  # [n]: squared distances of those whose lists were looked for, else as they were
-
-
-class Abandoned(Exception):
-    """The work was given up because everything is to stop."""
-
-
-class Derivation(ABC):
-    """One index derived from a table, and a buffer of what it does not know: see `Derived`."""
-
-    stride: ClassVar[int] = 1  # how many times more rows or queries it takes at once than `Derived`
-    start: Setting  # before tuning
-    setting: Setting
-    knob: Knob
-    holds: bool  # the floor of the recall, at that setting
-    overrun: bool = False  # by strays: it had to take in rows that few searches would find
-    absorbed: int  # rows that came or took another place since it was built
-    buffer: Any  # a Buffer or a DeviceBuffer
-
-    @property
-    @abstractmethod
-    def entries(self) -> int:
-        """Entries, valid or not."""
-
-    @abstractmethod
-    def build(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Train on a sample of the live rows, and add them all; Abandoned once `stopped()`."""
-
-    @abstractmethod
-    def mark(self, ids: Any) -> None:
-        """Rows [n] have changed: they are searched exactly until absorbed."""
-
-    @abstractmethod
-    def forget(self, ids: Any) -> None:
-        """Rows [n] are no longer live."""
-
-    def tidy(self) -> None:  # noqa: B027 (`Derived` knows all the time)
-        """Count exactly what waits in the buffer: under the table's write lock."""
-
-    def buffered(self) -> tuple[int, int]:
-        """Rows in the buffer, exactly, and how many of them are strays."""
-        return int(self.buffer.count), int(self.buffer.strays)
-
-    def settle(self) -> int:
-        """Enter what was changed since the last call and belongs where its entry is: so many rows.
-
-        Under the table's write lock.
-        """
-        return 0  # only `Derived` has rows that stay where they are
-
-    def absorb(self, count: int) -> None:
-        """Take the `count` rows that were changed longest ago into the index, but for strays."""
-        self.finish(self.prepare(self.begin(count)))
-
-    @abstractmethod
-    def begin(self, count: int) -> Any:
-        """Rows to absorb: under the table's write lock."""
-
-    @abstractmethod
-    def prepare(self, batch: Any) -> Any:
-        """Read the rows and find where they belong: needs no lock."""
-
-    @abstractmethod
-    def finish(self, prepared: Any) -> None:
-        """Enter what was not changed meanwhile and does not stray: under the write lock."""
-
-    @abstractmethod
-    def candidates(
-        self, queries: Tensor, k: int, setting: Setting | None = None
-    ) -> tuple[Tensor, Any]:
-        """Ids [Q, C] of valid entries, else -1; and what that says of others."""
-
-    @abstractmethod
-    def imbalance(self) -> float:
-        """How uneven the lists are: 1 is even; n: a search takes about n times as long."""
-
-    @abstractmethod
-    def stale(self) -> int:
-        """Entries that are not valid, at least."""
-
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Memory of the entries and of what is known of them, about."""
 
 
 class Derived(Derivation):
@@ -170,7 +90,7 @@ class Derived(Derivation):
     buffer: Buffer
 
     def __init__(self, table: RowTable, metric: Metric, name: str) -> None:
-        self.table, self.metric = table, metric
+        self.table, self.metric, self.scoring = table, metric, TableScoring(table, metric)
         self.faiss = new_faiss_index(name, table.width, metric)
         self.in_place = updates_in_place(self.faiss)
         self.knob = knob_of(self.faiss)
@@ -188,6 +108,7 @@ class Derived(Derivation):
         self._settles = False  # from when it is built on, where codes are quickly made
         self.lists: Lists | None = None
         self._quantisers: tuple[Any, ...] = ()  # kept alive
+        self._made: dict[int, Any] = {}  # parameters of searches, by effort
 
     @property
     def entries(self) -> int:
@@ -238,13 +159,9 @@ class Derived(Derivation):
         ids = self.buffer.take_recent()
         if not self._settles or self.lists is None:
             return 0
-        ids = ids[self.label_of[ids] > 0]
-        labels = self.label_of[ids] - 1
-        lists = self.lists.of(labels)
-        vectors, squares = self.buffer.look(self.metric, ids, lists, self.lists.centroids)
-        near = squares <= np.maximum(self.lists.usual, FARTHER * self.chosen[ids])
-        if not near.all():
-            ids, labels, lists, vectors = ids[near], labels[near], lists[near], vectors[near]
+        known = Known(self.label_of, self.lists.places, self.chosen, self.lists.centroids)
+        given = (self.metric, ids, known, self.lists.usual, FARTHER)
+        ids, labels, lists, vectors = self.buffer.staying(*given)
         enter_in_place(self.faiss, labels, vectors, lists)
         self.buffer.drop(ids)
         return len(ids)
@@ -296,25 +213,77 @@ class Derived(Derivation):
         self.absorbed += len(ids)
         self.buffer.drop(ids)
 
-    def candidates(
-        self, queries: Tensor, k: int, setting: Setting | None = None
-    ) -> tuple[Tensor, Any]:
-        """Ids [Q, C] of valid entries, -1 after them; and for which queries that may not be all.
+    def found(
+        self, queries: Float[Tensor, "Q W"], k: int, setting: Setting | None = None
+    ) -> tuple[Found, Bool[Tensor, " Q"]]:
+        """The k best of what is proposed and of the buffer, scored from the rows.
+
+        And which queries' results may lack something better.
+        """
+        found, short = self._proposed(queries, k, setting or self.setting)
+        if self.buffer.count:
+            beside = self._beside(queries, found)
+            scores, ids = (torch.cat(pair, 1) for pair in zip(found, beside, strict=True))
+            found = best_of(scores, ids, k, self.metric)
+        # Lists that were not probed may hold what is still missing.
+        return found, short | (found.ids[:, min(k, self.table.num_live) - 1] < 0)
+
+    def _proposed(
+        self, queries: Float[Tensor, "Q W"], k: int, setting: Setting
+    ) -> tuple[Found, Bool[Tensor, " Q"]]:
+        """The k best valid entries that are proposed; and for which queries that may not be all.
 
         Those are queries near which so many entries are stale that k valid ones did not turn up.
         """
-        effort, oversample = setting or self.setting
         vectors = to_faiss(queries, self.metric)
-        width = wanted = min((k + SPARE) * oversample, self.entries)
-        ids, exhausted = self._proposals(vectors, wanted, effort)
-        short = ((ids >= 0).sum(1) < k) & ~exhausted
-        while short.any() and wanted < min(self.entries, MOST_CANDIDATES):
-            wanted = min(wanted * DEEPER, self.entries, max(MOST_CANDIDATES, width))
-            deeper, emptied = self._proposals(vectors[short], wanted, effort)
-            first = np.argsort(deeper < 0, axis=1, kind="stable")[:, :width]  # the best valid ones
-            ids[short] = np.take_along_axis(deeper, first, 1)
-            short[short] = ((ids[short] >= 0).sum(1) < k) & ~emptied
-        return from_numpy(ids, queries), short
+        wanted = min((k + SPARE) * setting.oversample, self.entries)
+        most = min(self.entries, MOST_CANDIDATES)
+        found, short = self._looked(queries, vectors, wanted, k, setting.effort)
+        while wanted < most and short.any():
+            wanted = min(wanted * DEEPER, most)
+            places = short.nonzero().squeeze(1)
+            some = (queries[places], vectors[places.numpy()])
+            deeper, short[places] = self._looked(*some, wanted, k, setting.effort)
+            found.scores[places], found.ids[places] = deeper
+        return found, short
+
+    def _looked(
+        self, queries: Tensor, vectors: Any, wanted: int, k: int, effort: int
+    ) -> tuple[Found, Tensor]:
+        """As `_proposed`, of `wanted` entries that FAISS proposes."""
+        labels = self.faiss.search(vectors, wanted, params=self._parameters(effort))[1]
+        ids, short = self._rows_of(labels, k)
+        return self.scoring.top(queries, from_numpy(ids, queries), k), from_numpy(short, queries)
+
+    def _rows_of(self, labels: Any, k: int) -> tuple[Any, Any]:
+        """Rows of the labels [Q, C] that are valid entries, else -1.
+
+        And which queries have fewer than k, though the index had more labels.
+        """
+        if (loops := loops_for(self.table.live)) is not None:
+            ids, live = np.empty_like(labels), self.table.live.numpy()
+            known = (self.row_of, self.label_of, self.buffer.place, live)
+            return ids, loops.valid(k, labels, *known, ids)
+        ids = self.row_of[labels]  # label -1 takes the last: it is not valid below
+        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.buffer.holds(ids)
+        valid &= self._live(ids.ravel()).reshape(ids.shape)
+        return np.where(valid, ids, -1), (valid.sum(1) < k) & ~(labels < 0).any(1)
+
+    def _beside(self, queries: Tensor, found: Found) -> Found:
+        """Rows of the buffer, and all of them that are among the k best of these and the found."""
+        k = found.ids.shape[1]
+        if self.buffer.count <= FEW:
+            floor = found.scores[:, -1] * self.metric.sign  # of no row: the worst
+            better = self.buffer.above(self.metric, queries, floor, k)
+            if better is not None:
+                return Found(self.scoring.own(queries, better), better)
+        return self.buffer.scan(self.metric, queries, k)
+
+    def _parameters(self, effort: int) -> Any:
+        """FAISS's of a search: to make them takes as long as to look at a list."""
+        if effort not in self._made:
+            self._made[effort] = search_parameters(self.faiss, effort)
+        return self._made[effort]
 
     def imbalance(self) -> float:
         """How uneven the lists are: 1 is even; n: a search takes about n times as long."""
@@ -333,14 +302,6 @@ class Derived(Derivation):
             code = 4 * self.table.width
         known = self.entries * (int(code) + 8 + 8) + self.table.extent * 12
         return known + self.buffer.num_bytes()
-
-    def _proposals(self, vectors: Any, wanted: int, effort: int) -> tuple[Any, Any]:
-        """Valid ids [Q, wanted] or -1, and for which queries the index had no more entries."""
-        labels = self.faiss.search(vectors, wanted, params=search_parameters(self.faiss, effort))[1]
-        ids = self.row_of[labels]  # label -1 takes the last: it is not valid below
-        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.buffer.holds(ids)
-        valid &= self._live(ids.ravel()).reshape(ids.shape)
-        return np.where(valid, ids, -1), (labels < 0).any(1)
 
     def _live(self, ids: Any) -> Any:
         return self.table.is_live(from_numpy(ids, self.table.live)).cpu().numpy()
@@ -361,13 +322,3 @@ class Derived(Derivation):
             add_to_lists(self.faiss, vectors, lists)
         # Only now, so that an interrupted call leaves entries that are not valid.
         self.label_of[ids] = np.arange(first + 1, first + len(ids) + 1)
-
-
-def ladder(limit: int) -> list[int]:
-    """Values of a knob to try: 1, 2, 3, 4, 6, 8, 12, ... limit."""
-    steps = {limit}
-    value = 1
-    while value <= limit:
-        steps |= {value, min(limit, value + value // 2)}
-        value *= 2
-    return sorted(steps)

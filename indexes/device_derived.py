@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import MISSING, Found, best_of
-from sparsemem.indexes.derived import (
+from sparsemem.indexes.base import MISSING, Found
+from sparsemem.indexes.derivation import (
     LEAST_TRAINING,
     MOST_STRAYS,
     QUANTISED,
@@ -28,10 +28,10 @@ from sparsemem.indexes.derived import (
 )
 from sparsemem.indexes.device_buffer import DeviceBuffer
 from sparsemem.indexes.device_faiss import MOST, Engine
-from sparsemem.indexes.exact import own_scores
 from sparsemem.indexes.kinds import comparable
 from sparsemem.indexes.lists import LEAST, MEASURED, QUARTILES, SPANS
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.scoring import Scoring
 from sparsemem.indexes.table import RowTable
 
 BUILD_CHUNK = 131_072  # rows added at once: a search beside has to wait for them
@@ -135,7 +135,7 @@ class DeviceDerived(Derivation):
     buffer: DeviceBuffer
 
     def __init__(self, table: RowTable, metric: Metric, name: str, kind: type[Engine]) -> None:
-        self.table, self.metric = table, metric
+        self.table, self.metric, self.scoring = table, metric, Scoring(table.take, metric)
         device = table.rows.device
         self.engine = kind(name, table.width, metric, device)
         self.knob = self.engine.knob
@@ -259,8 +259,7 @@ class DeviceDerived(Derivation):
         proposed, hidden = self.candidates(queries, k, setting)
         beside, beyond = self.buffer.best(self.metric, queries, k)
         ids = torch.cat([proposed, beside], 1)
-        scores = own_scores(self.table.take, self.metric, queries, ids.clamp(min=0))
-        found = best_of(scores, ids, k, self.metric)
+        found = self.scoring.top(queries, ids, k)
         last = min(k, self.table.num_live) - 1
         worth = found.scores[:, last] * self.metric.sign
         unsure = (found.ids[:, last] < 0) | (hidden > worth)

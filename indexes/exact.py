@@ -22,13 +22,13 @@ from torch import Tensor
 from sparsemem.indexes.base import Found, Index, best_of
 from sparsemem.indexes.device_scan import device_scan, fits
 from sparsemem.indexes.metrics import COSINE_EPSILON, Metric, inverse_norm
+from sparsemem.indexes.scoring import Scoring
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.triton_switch import use_triton
 
 BLOCK_ROWS = 16_384  # rows scanned at once
 BATCH_QUERIES = 256  # queries scanned at once: the bounds of a block take 16 MiB
 SPARE = 8  # rows beyond k that are scored themselves
-SCORED_NUMBERS = 2**22  # of rows that are scored themselves at once
 SPAN = 8  # neighbouring rows of which only the best is compared at first
 
 # Makes the blocks of a scan: ids, ascending over all blocks (but see `best_rows`), and rows.
@@ -39,10 +39,17 @@ class ExactIndex(Index):
     """Scans every live row: O(N) a search, nothing to maintain.
 
     A row whose score is not a number ranks last, with the worst score.
+
+    Args:
+        scoring: how rows are scored; None: by torch.
     """
 
+    def __init__(self, table: RowTable, metric: Metric, scoring: Scoring | None = None) -> None:
+        super().__init__(table, metric)
+        self.scoring = scoring or Scoring(table.take, metric)
+
     def _search(self, queries: Tensor, k: int) -> Found:
-        return scan(self.table, self.metric, queries, k)
+        return scan(self.table, self.metric, queries, k, self.scoring)
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Nothing to do: a scan sees the rows as they are."""
@@ -54,7 +61,13 @@ class ExactIndex(Index):
         """Nothing to do."""
 
 
-def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
+def scan(
+    table: RowTable,
+    metric: Metric,
+    queries: Float[Tensor, "Q W"],
+    k: int,
+    scoring: Scoring | None = None,
+) -> Found:
     """The k best of all live rows, exactly: by score, then id. Queries are of `table.dtype`.
 
     On a GPU by `device_scan`, where that fits.
@@ -66,32 +79,31 @@ def scan(table: RowTable, metric: Metric, queries: Float[Tensor, "Q W"], k: int)
         for start in range(0, table.extent, BLOCK_ROWS):
             yield table.block(start, min(start + BLOCK_ROWS, table.extent))
 
-    return best_rows(table.take, metric, queries, k, blocks)
+    return best_rows(scoring or Scoring(table.take, metric), queries, k, blocks)
 
 
 def best_rows(
-    take: Callable[[Tensor], Tensor],
-    metric: Metric,
+    scoring: Scoring,
     queries: Float[Tensor, "Q W"],
     k: int,
     blocks: Blocks,
     ordered: Blocks | None = None,
 ) -> Found:
-    """The k best of the rows in `blocks`, exactly. `take(ids)` gives rows by id.
+    """The k best of the rows in `blocks`, exactly.
 
     Where the ids of `blocks` do not ascend, `ordered` makes the same rows in order.
     """
     if not len(queries):
         scores = queries.new_empty(0, k)
         return Found(scores, torch.empty(0, k, dtype=torch.int64, device=queries.device))
-    parts = []
+    metric, parts = scoring.metric, []
     for some in torch.split(queries, BATCH_QUERIES):
         ids, beyond = by_product(metric, some, k + SPARE, blocks)
-        found = best_of(own_scores(take, metric, some, ids), ids, k, metric)
+        found = scoring.top(some, ids, k)
         floor = found.scores[:, -1] * metric.sign
         unsure = ((beyond >= floor) & (beyond > -torch.inf)).nonzero().squeeze(1)
         if len(unsure):
-            again = row_by_row(metric, some[unsure], k, ordered or blocks, floor[unsure])
+            again = row_by_row(scoring, some[unsure], k, ordered or blocks, floor[unsure])
             found.scores[unsure], found.ids[unsure] = again
         parts.append(found)
     return joined(parts)
@@ -119,7 +131,7 @@ def by_product(
 
 
 def row_by_row(
-    metric: Metric,
+    scoring: Scoring,
     queries: Float[Tensor, "Q W"],
     k: int,
     blocks: Blocks,
@@ -130,14 +142,14 @@ def row_by_row(
     The slow and simple way, but for passing over blocks whose bounds are all below the floor.
     (Fewer than k where rows are removed meanwhile, by a caller that does not hold the lock.)
     """
-    none = torch.empty(0, dtype=torch.int64, device=queries.device)
+    metric, none = scoring.metric, torch.empty(0, dtype=torch.int64, device=queries.device)
     best = [(queries.new_empty(0), none)] * len(queries)
     for block_ids, rows in blocks():
         if not len(rows):
             continue
         highest_bound = upper_bounds(metric, queries, rows).amax(1)
         for query in (highest_bound >= floor).nonzero().squeeze(1).tolist():
-            scores = metric.scores(queries[query], rows)
+            scores = scoring.each(queries[query], rows)
             worth = (scores * metric.sign).nan_to_num(-torch.inf, torch.inf, -torch.inf)
             worth = torch.cat([best[query][0], worth])
             ids = torch.cat([best[query][1], block_ids])
@@ -186,22 +198,6 @@ def joined(parts: Sequence[Found]) -> Found:
     return Found(
         torch.cat([part.scores for part in parts]), torch.cat([part.ids for part in parts])
     )
-
-
-def own_scores(
-    take: Callable[[Tensor], Tensor],
-    metric: Metric,
-    queries: Float[Tensor, "Q W"],
-    ids: Int[Tensor, "Q C"],
-) -> Float[Tensor, "Q C"]:
-    """`Metric.scores` of each query's own rows, so many at a time that memory stays bounded."""
-    step = max(1, SCORED_NUMBERS // max(1, ids.shape[1] * queries.shape[1]))
-    parts = [
-        metric.scores(some, take(own))
-        for some, own in zip(torch.split(queries, step), torch.split(ids, step), strict=True)
-    ]
-    # Not a number, or the difference of infinities: as bad as no row.
-    return torch.cat(parts).nan_to_num(metric.missing, torch.inf, -torch.inf)
 
 
 def upper_bounds(

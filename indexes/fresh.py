@@ -11,13 +11,15 @@ from torch import Tensor
 
 from sparsemem.checks import check_fraction, check_size
 from sparsemem.indexes.base import MISSING, Found, Index, best_of
-from sparsemem.indexes.derived import Derivation, Derived, Setting
+from sparsemem.indexes.derivation import Derivation, Setting
+from sparsemem.indexes.derived import Derived
 from sparsemem.indexes.device_derived import DeviceDerived
 from sparsemem.indexes.device_faiss import engine_for
 from sparsemem.indexes.exact import ExactIndex
-from sparsemem.indexes.kinds import from_numpy, new_faiss_index, num_lists
+from sparsemem.indexes.kinds import new_faiss_index, num_lists
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.recall import QuerySample
+from sparsemem.indexes.scoring import TableScoring
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.upkeep import Upkeep
 
@@ -25,7 +27,6 @@ from sparsemem.indexes.upkeep import Upkeep
 # the host and on a GPU.
 BUFFER_ROWS, DEVICE_BUFFER_ROWS = 256, 16_384
 EXACT_BELOW, DEVICE_EXACT_BELOW = 16_384, 131_072
-FEW = 4_096  # rows of the buffer of which it pays to look at those alone that are good enough
 
 
 class FreshIndex(Index):
@@ -79,7 +80,8 @@ class FreshIndex(Index):
         self.exact_below = check_size("exact_below", exact_below)
         self.current: Derivation | None = None  # what is searched; None: still a scan
         self.next: Derivation | None = None  # while it is being built
-        self.exact = ExactIndex(table, metric)
+        self.scoring = TableScoring(table, metric)
+        self.exact = ExactIndex(table, metric, self.scoring)
         self.sample = QuerySample(table.rows, table.width, table.dtype)
         self.scans = 0
         self.upkeep = Upkeep(self, background)
@@ -89,7 +91,7 @@ class FreshIndex(Index):
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Search these rows exactly from now on, and absorb them some time."""
         on_device = self.engine is not None
-        rows = ids.to(self.table.rows.device) if on_device else np.unique(ids.cpu().numpy())
+        rows = ids.to(self.table.rows.device) if on_device else ascending(ids.cpu().numpy())
         for derived in (self.current, self.next):
             if derived is not None:
                 derived.mark(rows)
@@ -160,55 +162,19 @@ class FreshIndex(Index):
         self, derived: Derivation, queries: Tensor, k: int, setting: Setting | None = None
     ) -> Found:
         """The best of what an index proposes and of its buffer, scored from the rows."""
-        if isinstance(derived, DeviceDerived):
-            found, unsure = derived.found(queries, k, setting)
-        else:
-            assert isinstance(derived, Derived)
-            found, unsure = self._found(derived, queries, k, setting)
+        found, unsure = derived.found(queries, k, setting)
         if unsure.any():  # on a device, where a search waits for it
             self.scans += 1
             found.scores[unsure], found.ids[unsure] = self.exact._search(queries[unsure], k)
         return found
 
-    def _found(
-        self, derived: Derived, queries: Tensor, k: int, setting: Setting | None
-    ) -> tuple[Found, Tensor]:
-        """On the host; and which queries' results may lack something better."""
-        ids, unsure = derived.candidates(queries, k, setting)
-        scores = self._scores(queries, ids)
-        if derived.buffer.count:
-            beside = self._beside(derived, queries, ids, scores, k)
-            ids, scores = torch.cat([ids, beside.ids], 1), torch.cat([scores, beside.scores], 1)
-        found = best_of(scores, ids, k, self.metric)
-        # Lists that were not probed may hold what is still missing.
-        short = (found.ids[:, : min(k, self.table.num_live)] < 0).any(1)
-        return found, short | from_numpy(unsure, queries)
-
-    def _beside(
-        self, derived: Derived, queries: Tensor, ids: Tensor, scores: Tensor, k: int
-    ) -> Found:
-        """Rows of the buffer, and all of them that are among the k best of these and the others."""
-        buffer = derived.buffer
-        if buffer.count <= FEW and ids.shape[1] >= k:
-            worth = (scores * self.metric.sign).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-            worth = worth.masked_fill(ids < 0, -torch.inf)
-            floor = worth.topk(k, 1).values[:, -1]
-            better = buffer.above(self.metric, queries, floor, k)
-            if better is not None:
-                return Found(self._scores(queries, better), better)
-        return buffer.scan(self.metric, queries, k)
-
     def deeper(self, derived: Derivation, queries: Tensor, found: Found, setting: Setting) -> Found:
         """The best of what was found and of what the index proposes at another setting."""
         k = found.ids.shape[1]
-        ids = derived.candidates(queries, k, setting)[0]
-        again = (ids.unsqueeze(2) == found.ids.unsqueeze(1)).any(2)
-        ids = torch.cat([found.ids, ids.masked_fill(again, MISSING)], 1)
-        scores = torch.cat([found.scores, self._scores(queries, ids[:, k:])], 1)
-        return best_of(scores, ids, k, self.metric)
-
-    def _scores(self, queries: Tensor, ids: Tensor) -> Tensor:
-        return self.metric.scores(queries, self.table.take(ids.clamp(min=0)))
+        more = derived.found(queries, k, setting)[0]
+        again = (more.ids.unsqueeze(2) == found.ids.unsqueeze(1)).any(2)
+        ids = torch.cat([found.ids, more.ids.masked_fill(again, MISSING)], 1)
+        return best_of(torch.cat([found.scores, more.scores], 1), ids, k, self.metric)
 
     def serves(self, derived: Derivation) -> bool:
         """Whether the lists hold the floor of the recall, as far as is known."""
@@ -228,3 +194,8 @@ class FreshIndex(Index):
         found = self.found(derived, queries, k)
         self.upkeep.searched(derived, queries, found)
         return found
+
+
+def ascending(ids: Any) -> Any:
+    """Distinct ids [n] in order; as they mostly are."""
+    return ids if (ids[1:] > ids[:-1]).all() else np.unique(ids)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsemem.indexes.compiling import loops_for
 from sparsemem.indexes.metrics import Metric, inverse_norm
 
 EXAMPLES = "'IVF4096,Flat', 'IVF4096,SQ8', 'IVF4096,PQ16np', 'HNSW32', 'LSH'"
@@ -17,6 +18,7 @@ FAST_COARSE = 1024  # lists from which on the nearest centroids are themselves l
 ASSIGNMENT_PROBES = 4  # finds the nearest of 4096 centroids for 97 % of rows, at an eighth the time
 BUILD_PROBES = 8  # for 99.8 %, at a quarter
 QUERY_PROBES = 8
+LOOPED = (torch.float32, torch.float64)  # dtypes that loops are compiled for
 THOROUGH_PROBES = 32  # of the few that seem far from all
 
 
@@ -94,8 +96,10 @@ def enter_in_place(index: Any, labels: Any, vectors: Any, lists: Any = None) -> 
         index.update_vectors(labels, vectors)
         return
     pointer = faiss.swig_ptr
-    codes = np.empty((len(labels), index.code_size), np.uint8)
-    index.encode_vectors(len(labels), pointer(vectors), pointer(lists), pointer(codes))
+    codes = vectors.view(np.uint8)  # of lists of plain vectors
+    if not isinstance(index, faiss.IndexIVFFlat):
+        codes = np.empty((len(labels), index.code_size), np.uint8)
+        index.encode_vectors(len(labels), pointer(vectors), pointer(lists), pointer(codes))
     index.direct_map.update_codes(
         index.invlists, len(labels), pointer(labels), pointer(lists), pointer(codes)
     )
@@ -192,6 +196,10 @@ def comparable(vectors: Tensor, metric: Metric) -> Tensor:
 
 def to_faiss(vectors: Tensor, metric: Metric) -> Any:
     """The same as numpy."""
+    if vectors.dtype in LOOPED and (loops := loops_for(vectors)) is not None:
+        made = np.empty(vectors.shape, np.float32)
+        loops.comparable(vectors.detach().contiguous().numpy(), metric is Metric.cosine, made)
+        return made
     return comparable(vectors, metric).cpu().numpy()
 
 

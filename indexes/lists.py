@@ -60,10 +60,15 @@ class Lists:
         """Squared distances of vectors [n, W] from the centroids of given lists [n]."""
         return squares(vectors, self.centroids[lists])
 
+    @property
+    def places(self) -> Any:
+        """FAISS's direct map as it is: where the entry of each label is."""
+        places = self._index.direct_map.array
+        return faiss_module().rev_swig_ptr(places.data(), places.size())
+
     def of(self, labels: Any) -> Any:
         """The lists [n] that labels [n] are in; of an index with a direct map."""
-        places = self._index.direct_map.array
-        return faiss_module().rev_swig_ptr(places.data(), places.size())[labels] >> OFFSET_BITS
+        return self.places[labels] >> OFFSET_BITS
 
     def _searched(self, vectors: Any, parameters: Any) -> tuple[Any, Any]:
         scores, lists = self._index.quantizer.search(vectors, 1, params=parameters)

@@ -24,13 +24,13 @@ from sparsemem.indexes.exact import (
     best_rows,
     highest,
     joined,
-    own_scores,
     product_rounding,
     rounding,
     scan,
 )
 from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.scoring import Scoring
 from sparsemem.indexes.table import RowTable
 
 DEEPER = 4  # times as many pairs are looked at when the first were not enough
@@ -164,6 +164,7 @@ class ProductKeyIndex(Index):
             )
         super().__init__(table, metric)
         self.table: ProductTable = table
+        self.scoring = Scoring(table.take, metric)
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
         """Nothing to do: the sub-keys are searched as they are."""
@@ -198,8 +199,7 @@ class ProductKeyIndex(Index):
         """The k best live rows among the `depth` best pairs, and for which queries that is all."""
         sums, ids = self._best_pairs(queries, depth, exactly)
         ids = torch.where(self.table.is_live(ids.flatten()).view(ids.shape), ids, MISSING)
-        own = own_scores(self.table.take, self.metric, queries, ids.clamp(min=0))
-        found = best_of(own, ids, k, self.metric)
+        found = self.scoring.top(queries, ids, k)
         if depth == self.table.num_rows:
             return found, torch.ones_like(ids[:, 0], dtype=torch.bool)
         complete = found.ids[:, -1] >= 0
@@ -246,7 +246,7 @@ class ProductKeyIndex(Index):
         def take(ids: Tensor) -> Tensor:
             return subkeys[ids].to(dtype)
 
-        return best_rows(take, self.metric, queries, count, blocks)
+        return best_rows(Scoring(take, self.metric), queries, count, blocks)
 
     def _is_below(self, queries: Tensor, sums: Tensor, scores: Tensor, exactly: bool) -> Tensor:
         """Whether no pair after one with these sums can score as well as `scores`."""

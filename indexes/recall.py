@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import MISSING, Found
-from sparsemem.indexes.derived import Setting, ladder
+from sparsemem.indexes.derivation import Setting, ladder
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsemem.indexes.base import Found
-from sparsemem.indexes.derived import Abandoned, Derivation, Setting
+from sparsemem.indexes.derivation import Abandoned, Derivation, Setting
 from sparsemem.indexes.recall import Sampled, Watch, harder, recall, sampled_rows, tune
 from sparsemem.indexes.worker import Rest, Worker, stand_back, tell
 

@@ -144,7 +144,7 @@ class RowStore(BoundTables):
 
     def _accessed(self, ids: Tensor, all_found: bool = False) -> None:
         found = ids.flatten()
-        if not (all_found or is_device(found)):
+        if not (all_found or is_device(found)) and len(found) and int(found.min()) < 0:
             found = found[found >= 0]
         self.book.accessed(found, all_found)
         self._selection.accessed(found)

@@ -17,12 +17,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
-from sparsemem.indexes import metrics
+from sparsemem.indexes import loops, metrics
+from sparsemem.indexes.loops import fetch as fetch
 from sparsemem.indexes.metrics import COSINE_EPSILON
 from sparsemem.memory import usage
 
@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 # What is compiled holds constants of other modules, too.
-MODULES = [Path(inspect.getfile(module)) for module in (metrics, usage)]
+MODULES = [Path(inspect.getfile(module)) for module in (loops, metrics, usage)]
 FILES = [*sorted(Path(__file__).parent.glob("*.py")), *MODULES]
 SOURCES = sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
 
@@ -75,23 +75,6 @@ def pointer(_context, address, like):
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return signature, generate
-
-
-@intrinsic
-def fetch(_context, address):
-    """Have what is at an address on its way from memory: nothing waits for it, or can fault."""
-    signature = types.void(address)
-
-    def generate(_context, builder, _signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        instruction = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        to_read, all_levels, data = number(0), number(3), number(1)
-        builder.call(instruction, [place, to_read, all_levels, data])
-        return None
 
     return signature, generate
 

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemem.indexes import buffer, exact
-from sparsemem.indexes.buffer import Buffer
+from sparsemem.indexes.buffer import Buffer, Known
 from sparsemem.indexes.exact import ExactIndex
-from sparsemem.indexes.kinds import to_faiss
+from sparsemem.indexes.kinds import comparable
+from sparsemem.indexes.lists import OFFSET_BITS
 from sparsemem.indexes.metrics import Metric
+from sparsemem.indexes.scoring import TableScoring
 from sparsemem.indexes.table import RowTable
 
 N, W = 30, 4
@@ -109,7 +111,7 @@ def test_a_scan_finds_what_an_exact_search_of_these_rows_finds(metric, block, mo
     table.set_live(torch.from_numpy(np.sort(tested.ids)), True)
     queries = torch.randn(6, W, generator=torch.Generator().manual_seed(2)).round()
     for k in (1, 5, 120):
-        truth = ExactIndex(table, metric).search(queries, k)
+        truth = ExactIndex(table, metric, TableScoring(table, metric)).search(queries, k)
         found = tested.scan(metric, queries, k)
         assert torch.equal(found.ids, truth.ids)
         assert torch.equal(found.scores, truth.scores)
@@ -142,18 +144,28 @@ def test_recent_rows_are_those_that_wait_and_changed_since_the_last_call():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_a_look_at_rows_is_what_faiss_sees_of_them(metric, dtype):
+def test_rows_stay_that_are_near_their_centroids_or_as_near_as_before(metric, dtype):
     rows = torch.randn(N, W).to(dtype)
     rows[3, 1], rows[4], rows[5, 0] = torch.nan, 0, torch.inf
     table = RowTable(rows, torch.ones(N, dtype=torch.bool))
-    tested, ids = Buffer(table), np.array([9, 3, 0, 4, 5])
+    tested, ids = Buffer(table), np.array([9, 3, 0, 4, 5, 12, 13, 14, 15])
     tested.mark(np.arange(2, 20))
     tested.mark(np.array([0]))
     tested.drop(np.array([2, 7]))
-    centroids = np.random.default_rng(1).standard_normal((6, W)).astype(np.float32)
-    lists = np.array([5, 0, 1, 1, 2])
-    vectors, squares = tested.look(metric, ids, lists, centroids)
-    expected = to_faiss(table.take(torch.from_numpy(ids)), metric)
-    np.testing.assert_allclose(vectors, expected, rtol=1e-6)
-    away = expected - centroids[lists]
-    np.testing.assert_allclose(squares, (away * away).sum(1), rtol=1e-5)
+    numbers = np.random.default_rng(1)
+    centroids = numbers.standard_normal((6, W)).astype(np.float32)
+    label_of, places = np.zeros(N, np.int64), numbers.integers(0, 6, N) << OFFSET_BITS
+    label_of[ids] = numbers.permutation(N)[: len(ids)] + 1
+    label_of[13] = 0  # not in the index
+    vectors = comparable(table.take(torch.from_numpy(ids)), metric).numpy()
+    lists = places[label_of[ids] - 1] >> OFFSET_BITS
+    away = ((vectors - centroids[lists]) ** 2).sum(1)
+    usual, chosen = float(np.median(away)), np.zeros(N, np.float32)
+    chosen[[9, 3]] = away[:2]  # as far as they were
+    known = Known(label_of, places + 7, chosen, centroids)
+    expected = (ids != 13) & ((away <= usual) | (np.arange(len(ids)) < 2))
+    kept, *rest = tested.staying(metric, ids, known, usual * 1.001, 1.05)
+    assert kept.tolist() == ids[expected].tolist()
+    assert rest[0].tolist() == (label_of[kept] - 1).tolist()
+    assert rest[1].tolist() == lists[expected].tolist()
+    np.testing.assert_allclose(rest[2], vectors[expected], rtol=1e-6)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.indexes import exact
+from sparsemem.indexes import exact, scoring
 from sparsemem.indexes.exact import ExactIndex, first_best, highest, upper_bounds
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
@@ -167,7 +167,7 @@ def test_many_queries_are_the_same_as_each_alone(metric, monkeypatch):
     queries = torch.randn(30, 6).round()
     together = ExactIndex(table, metric).search(queries, 9)
     monkeypatch.setattr(exact, "BATCH_QUERIES", 7)
-    monkeypatch.setattr(exact, "SCORED_NUMBERS", 100)
+    monkeypatch.setattr(scoring, "SCORED_NUMBERS", 100)
     apart = ExactIndex(table, metric).search(queries, 9)
     assert torch.equal(together.ids, apart.ids)
     assert torch.equal(together.scores, apart.scores)

@@ -1,7 +1,7 @@
 import torch
 
 from sparsemem.indexes.base import Found
-from sparsemem.indexes.derived import Setting, ladder
+from sparsemem.indexes.derivation import Setting, ladder
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.recall import (
     OF_A_BATCH,
