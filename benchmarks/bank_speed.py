@@ -128,7 +128,7 @@ def one_million() -> dict[str, Any]:
     adam = RowAdam([bank.keys], lr=1e-4)
     for name, optimiser in {
         "step_sgd": RowSGD([bank.keys], lr=1e-3),
-        "step_adam_first": adam,  # of rows whose state has no pages yet: a page fault each
+        "step_adam_first": adam,  # the rows' state has no pages yet: a fault each
         "step_adam": adam,
     }.items():
         for state in optimiser.state[bank.keys].values():

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from sparsemem.indexes.triton_switch import choice
 
+COMPILED_DTYPES = (torch.float32, torch.float64)  # of rows as they are computed with
 SILENT_SECONDS = 3.0  # loading from the cache takes one, two on a busy machine; compiling twenty
 
 

@@ -242,7 +242,7 @@ class Derived(Derivation):
         while wanted < most and short.any():
             wanted = min(wanted * DEEPER, most)
             places = short.nonzero().squeeze(1)
-            some = (queries[places], vectors[places.numpy()])
+            some = (queries[places], vectors[places.cpu().numpy()])
             deeper, short[places] = self._looked(*some, wanted, k, setting.effort)
             found.scores[places], found.ids[places] = deeper
         return found, short

@@ -1,7 +1,7 @@
 """Exact search: a scan of all live rows, in blocks, on any device. `device_scan` is a GPU's own.
 
 A matrix product scores rows fast, but its sums differ from the rows' own scores
-(`Metric.scores`) by rounding, and so does its order. Therefore it only sorts out: it gives each
+(`Scoring`) by rounding, and so does its order. Therefore it only sorts out: it gives each
 row an upper bound of its score, by the standard bound of a sum's rounding error (Higham 2002,
 Accuracy and Stability of Numerical Algorithms, section 3.1: |fl(x.y) - x.y| <= n u |x||y|). The
 rows with the best bounds are scored themselves; where the next bound does not fall short of the
@@ -39,14 +39,11 @@ class ExactIndex(Index):
     """Scans every live row: O(N) a search, nothing to maintain.
 
     A row whose score is not a number ranks last, with the worst score.
-
-    Args:
-        scoring: how rows are scored; None: by torch.
     """
 
-    def __init__(self, table: RowTable, metric: Metric, scoring: Scoring | None = None) -> None:
+    def __init__(self, table: RowTable, metric: Metric) -> None:
         super().__init__(table, metric)
-        self.scoring = scoring or Scoring(table.take, metric)
+        self.scoring = Scoring(table.take, metric)
 
     def _search(self, queries: Tensor, k: int) -> Found:
         return scan(self.table, self.metric, queries, k, self.scoring)
@@ -203,7 +200,7 @@ def joined(parts: Sequence[Found]) -> Found:
 def upper_bounds(
     metric: Metric, queries: Float[Tensor, "Q W"], rows: Float[Tensor, "C W"]
 ) -> Float[Tensor, "Q C"]:
-    """Bounds that the worth of no row exceeds, however `Metric.scores` has rounded it.
+    """Bounds that the worth of no row exceeds, however its score was rounded.
 
     Q, C >= 1. Infinite for all where a product might overflow or is not a number.
     """

@@ -81,7 +81,8 @@ class FreshIndex(Index):
         self.current: Derivation | None = None  # what is searched; None: still a scan
         self.next: Derivation | None = None  # while it is being built
         self.scoring = TableScoring(table, metric)
-        self.exact = ExactIndex(table, metric, self.scoring)
+        self.exact = ExactIndex(table, metric)
+        self.exact.scoring = self.scoring  # or a row would score otherwise in a scan
         self.sample = QuerySample(table.rows, table.width, table.dtype)
         self.scans = 0
         self.upkeep = Upkeep(self, background)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsemem.indexes.compiling import loops_for
+from sparsemem.indexes.compiling import COMPILED_DTYPES, loops_for
 from sparsemem.indexes.metrics import Metric, inverse_norm
 
 EXAMPLES = "'IVF4096,Flat', 'IVF4096,SQ8', 'IVF4096,PQ16np', 'HNSW32', 'LSH'"
@@ -18,7 +18,6 @@ FAST_COARSE = 1024  # lists from which on the nearest centroids are themselves l
 ASSIGNMENT_PROBES = 4  # finds the nearest of 4096 centroids for 97 % of rows, at an eighth the time
 BUILD_PROBES = 8  # for 99.8 %, at a quarter
 QUERY_PROBES = 8
-LOOPED = (torch.float32, torch.float64)  # dtypes that loops are compiled for
 THOROUGH_PROBES = 32  # of the few that seem far from all
 
 
@@ -196,7 +195,7 @@ def comparable(vectors: Tensor, metric: Metric) -> Tensor:
 
 def to_faiss(vectors: Tensor, metric: Metric) -> Any:
     """The same as numpy."""
-    if vectors.dtype in LOOPED and (loops := loops_for(vectors)) is not None:
+    if vectors.dtype in COMPILED_DTYPES and (loops := loops_for(vectors)) is not None:
         made = np.empty(vectors.shape, np.float32)
         loops.comparable(vectors.detach().contiguous().numpy(), metric is Metric.cosine, made)
         return made

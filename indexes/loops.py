@@ -7,20 +7,19 @@ them kept.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core.errors import NumbaError
-from numba.extending import intrinsic
 
+from sparsemem.indexes import lists, looping, metrics
+from sparsemem.indexes.lists import OFFSET_BITS
+from sparsemem.indexes.looping import compiled, fetch, files_of, stamp_of
 from sparsemem.indexes.metrics import COSINE_EPSILON
 
-OFFSET_BITS = 32  # of a place in FAISS's direct map: its list is in the bits above
+SOURCES = stamp_of([Path(__file__), *files_of(lists, looping, metrics)])
 COSINE, PRODUCT, DISTANCE = 0, 1, 2  # metrics, of `score`
 LINE = 64  # bytes that come from memory together
 MOST_FETCHED = 512  # bytes of a row that are asked for ahead
@@ -28,31 +27,8 @@ AT_ONCE = 8  # queries whose entries are on their way together
 
 
 def loop(function: Callable[..., Any]) -> Any:
-    """Decorator of compiled functions; sums may be added up in any order."""
-    function = inspect.unwrap(function)  # without a type checker's wrapper
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    options["fastmath"] = {"reassoc", "contract"}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except (RuntimeError, NumbaError):  # there is no folder that a cache could be written to
-        return numba.njit(function, **options)
-
-
-@intrinsic
-def fetch(_context, address):
-    """Have what is at an address on its way from memory: nothing waits for it, or can fault."""
-    signature = types.void(address)
-
-    def generate(_context, builder, _signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        instruction = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        to_read, all_levels, data = number(0), number(3), number(1)
-        builder.call(instruction, [place, to_read, all_levels, data])
-        return None
-
-    return signature, generate
+    """Decorator of compiled functions."""
+    return compiled(function, SOURCES)
 
 
 @loop
@@ -152,7 +128,7 @@ def have_known(ids, label_of, chosen, place, places):
         fetch(second + id * chosen.itemsize)
         fetch(third + id * place.itemsize)
     for id in ids:
-        fetch(places.ctypes.data + label_of[id] * places.itemsize)
+        fetch(places.ctypes.data + (label_of[id] - 1) * places.itemsize)
 
 
 @loop
@@ -241,7 +217,7 @@ def score(metric, queries, rows, ids, missing, scores):
 
 @loop
 def best(scores, ids, sign, best_scores, best_ids):
-    """`best_of` of candidates [Q, C], into [Q, K] that hold what says that there are no more."""
+    """`best_of` of candidates [Q, C], into [Q, K] filled beforehand with the worst score, id -1."""
     keep = best_ids.shape[1]
     for query in range(len(ids)):
         found = 0

@@ -19,7 +19,8 @@ from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
 SCORED_NUMBERS = 2**22  # of rows that are scored at once
-NAMES = {torch.float32: np.float32, torch.float64: np.float64}
+MOST_INSERTED = 256  # kept by insertion, which takes k steps where the best come last
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 METRICS = {Metric.cosine: 0, Metric.ip: 1, Metric.l2: 2}  # as in loops.py, which imports Numba
 
 
@@ -39,11 +40,8 @@ class Scoring:
     def own(self, queries: Float[Tensor, "Q W"], ids: Int[Tensor, "Q C"]) -> Float[Tensor, "Q C"]:
         """Scores of each query's own rows, of so many at a time that memory stays bounded."""
         step = max(1, SCORED_NUMBERS // max(1, ids.shape[1] * queries.shape[1]))
-        parts = [
-            self.metric.scores(some, self.take(own.clamp(min=0)))
-            for some, own in zip(torch.split(queries, step), torch.split(ids, step), strict=True)
-        ]
-        return torch.cat(parts).nan_to_num(self.metric.missing, torch.inf, -torch.inf)
+        pairs = zip(torch.split(queries, step), torch.split(ids, step), strict=True)
+        return torch.cat([self._copied(some, own) for some, own in pairs])
 
     def each(self, query: Float[Tensor, " W"], rows: Float[Tensor, "n W"]) -> Float[Tensor, " n"]:
         """Scores of rows for one query."""
@@ -53,6 +51,11 @@ class Scoring:
     def top(self, queries: Float[Tensor, "Q W"], ids: Int[Tensor, "Q C"], k: int) -> Found:
         """The k best of each query's own rows, as `best_of` has them."""
         return best_of(self.own(queries, ids), ids, k, self.metric)
+
+    def _copied(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """`own`, of copies of the rows."""
+        scores = self.metric.scores(queries, self.take(ids.clamp(min=0)))
+        return scores.nan_to_num(self.metric.missing, torch.inf, -torch.inf)
 
 
 class TableScoring(Scoring):
@@ -64,25 +67,19 @@ class TableScoring(Scoring):
 
     def own(self, queries: Float[Tensor, "Q W"], ids: Int[Tensor, "Q C"]) -> Float[Tensor, "Q C"]:
         """As `Scoring.own`, of rows where they lie."""
-        rows = self.table.rows
-        loops = loops_for(rows)
-        if loops is None:
+        rows, loops = self.table.rows, loops_for(self.table.rows)
+        if loops is None or not self._lies_open(rows):
             return super().own(queries, ids)
-        if self._lies_open(rows):
-            return self._scored(loops, queries, rows, ids)
-        step = max(1, SCORED_NUMBERS // max(1, ids.shape[1] * queries.shape[1]))
-        pairs = zip(torch.split(queries, step), torch.split(ids, step), strict=True)
-        return torch.cat([self._copied(loops, some, own) for some, own in pairs])
+        return self._scored(loops, queries, rows, ids)
 
     def top(self, queries: Float[Tensor, "Q W"], ids: Int[Tensor, "Q C"], k: int) -> Found:
         """As `Scoring.top`."""
-        rows = self.table.rows
-        loops = loops_for(rows)
-        if loops is None or not self._lies_open(rows):
+        rows, loops = self.table.rows, loops_for(self.table.rows)
+        if loops is None or not self._lies_open(rows) or k > MOST_INSERTED:
             return super().top(queries, ids, k)
-        scores = np.full((len(ids), k), self.metric.missing, NAMES[queries.dtype])
+        scores = np.full((len(ids), k), self.metric.missing, NUMPY_DTYPES[queries.dtype])
         best = np.full(scores.shape, MISSING)
-        given = [part.contiguous().numpy() for part in (queries, rows, ids)]
+        given = [part.detach().contiguous().numpy() for part in (queries, rows, ids)]
         kind = (METRICS[self.metric], self.metric.sign, self.metric.missing)
         loops.top(*kind, *given, scores, best)
         return Found(torch.from_numpy(scores), torch.from_numpy(best))
@@ -99,13 +96,17 @@ class TableScoring(Scoring):
         """Whether loops can look at the rows where they are."""
         return rows.dtype == self.table.dtype and rows.is_contiguous()
 
-    def _copied(self, loops: ModuleType, queries: Tensor, ids: Tensor) -> Tensor:
-        """Of copies in the computing dtype."""
+    def _copied(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """As `Scoring._copied`, of copies in the computing dtype."""
+        rows = self.take(ids.flatten().clamp(min=0))
+        loops = loops_for(rows)
+        if loops is None:
+            return super()._copied(queries, ids)
         places = torch.arange(ids.numel()).view(ids.shape).masked_fill(ids < 0, MISSING)
-        return self._scored(loops, queries, self.take(ids.flatten().clamp(min=0)), places)
+        return self._scored(loops, queries, rows, places)
 
     def _scored(self, loops: ModuleType, queries: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
         scores = queries.new_empty(ids.shape)
-        given = [part.contiguous().numpy() for part in (queries, rows, ids)]
+        given = [part.detach().contiguous().numpy() for part in (queries, rows, ids)]
         loops.score(METRICS[self.metric], *given, self.metric.missing, scores.numpy())
         return scores

@@ -8,51 +8,31 @@ contents of all.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
-from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
-from sparsemem.indexes import loops, metrics
-from sparsemem.indexes.loops import fetch as fetch
+from sparsemem.indexes import looping, metrics
+from sparsemem.indexes.looping import compiled, files_of, stamp_of
+from sparsemem.indexes.looping import fetch as fetch
 from sparsemem.indexes.metrics import COSINE_EPSILON
 from sparsemem.memory import usage
 
-# A sum may be added up in any order, and a product added without rounding it first: so loops run
-# on vectors. Not-a-numbers and infinities are left as they are.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract"},
-}
-
 # What is compiled holds constants of other modules, too.
-MODULES = [Path(inspect.getfile(module)) for module in (loops, metrics, usage)]
-FILES = [*sorted(Path(__file__).parent.glob("*.py")), *MODULES]
-SOURCES = sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
+FILES = [*sorted(Path(__file__).parent.glob("*.py")), *files_of(looping, metrics, usage)]
+SOURCES = stamp_of(FILES)
 
 LINEAR_FROM = 20.0  # torch's softplus(x) is x from here on
 
 
 def kernel(function: Callable[..., Any], **options: Any) -> Any:
     """Decorator of compiled functions that Python calls; see `compile_all`."""
-    function = inspect.unwrap(function)  # without a type checker's wrapper
-    options = {**OPTIONS, **options}
-    try:
-        compiled: Any = numba.njit(function, cache=True, **options)
-    except (RuntimeError, NumbaError):  # there is no folder that a cache could be written to
-        return numba.njit(function, **options)
-    with suppress(AttributeError):  # it is not for others to set: by itself it knows one file
-        compiled._cache._cache_file._source_stamp = SOURCES
-    return compiled
+    return compiled(function, SOURCES, **options)
 
 
 def part(function: Callable[..., Any], **options: Any) -> Any:

@@ -110,8 +110,10 @@ def test_a_scan_finds_what_an_exact_search_of_these_rows_finds(metric, block, mo
     tested.drop(np.arange(110, 130))
     table.set_live(torch.from_numpy(np.sort(tested.ids)), True)
     queries = torch.randn(6, W, generator=torch.Generator().manual_seed(2)).round()
+    index = ExactIndex(table, metric)
+    index.scoring = TableScoring(table, metric)  # as the buffer's
     for k in (1, 5, 120):
-        truth = ExactIndex(table, metric, TableScoring(table, metric)).search(queries, k)
+        truth = index.search(queries, k)
         found = tested.scan(metric, queries, k)
         assert torch.equal(found.ids, truth.ids)
         assert torch.equal(found.scores, truth.scores)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sparsemem.indexes import scoring
 from sparsemem.indexes.base import best_of
+from sparsemem.indexes.compiling import loops_for
 from sparsemem.indexes.derived import Derived
 from sparsemem.indexes.kinds import comparable, to_faiss
 from sparsemem.indexes.metrics import Metric
@@ -23,6 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.b
 def both(request, monkeypatch):
     """Compiled loops, and torch in their place."""
     monkeypatch.setenv("SPARSEMEM_KERNELS", request.param)
+    assert (loops_for(torch.zeros(1)) is None) == (request.param == "reference")
 
 
 def table_of(rows: torch.Tensor) -> RowTable:
@@ -69,6 +71,8 @@ def test_a_row_scores_the_same_wherever_it_stands(metric, dtype, both):
     query, among = queries[:1], tested.own(queries[:1], torch.tensor([[3, 40, 1, 22]]))
     alone = tested.own(query, torch.tensor([[49]]))
     whole = tested.each(query[0], table.take(torch.arange(5, 31)))
+    first = tested.top(query, torch.tensor([[1, 9, 3, 30]]), 4)
+    assert set(first.scores[first.ids != 1].tolist()) == {float(alone)}
     assert {float(among[0, 0]), float(among[0, 1]), float(among[0, 3])} == {float(alone)}
     assert set(whole[2:].tolist()) == {float(alone)}
 
@@ -105,6 +109,16 @@ def test_the_best_are_those_of_two_stable_sorts(candidates, k, metric):
     expected = best_of(metric.scores(query, rows[ids.clamp(min=0)]), ids, k, metric)
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("k", [3, 300])  # by insertion, and by torch's sorts
+def test_many_are_kept_as_few_are(k, both):
+    rows = torch.randn(700, W, requires_grad=True)  # as a parameter is
+    ids = torch.randperm(700).view(1, -1)
+    found = TableScoring(table_of(rows), Metric.ip).top(torch.ones(1, W), ids, k)
+    expected = rows.detach().sum(1).sort(descending=True)
+    assert torch.equal(found.ids[0], expected.indices[:k])
+    torch.testing.assert_close(found.scores[0], expected.values[:k])
 
 
 @metrics
