@@ -90,6 +90,15 @@ def test_signals_save_and_leave_and_handlers_come_back(tree, new_run, stop_at, n
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def usual_ctrl_c():
+    """As in a terminal: what a shell starts in the background does not hear it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_ctrl_c")
 def test_a_second_ctrl_c_leaves_at_once(tree, new_run, stop_at):
     def twice():
         for _ in range(2):  # one after the other: two that wait to be heard are one
