@@ -7,6 +7,9 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 venv=$root/.venv
 python=$venv/bin/python
+# Without bytecode on the disk, each of the hundreds of processes that tests start would compile the
+# package for itself: a second each.
+unset PYTHONDONTWRITEBYTECODE
 
 fail() {
   echo "$(basename "$0"): $*" >&2

@@ -1,18 +1,19 @@
 """A trainer's work, without Ray."""
 
 import weakref
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("ray")
-
-from sparsemem.distributed import worker
 from sparsemem.training.trainer import Outcome
 from tests.oracles.team_member import CONFIG
 
 # What stands in for the parts is none of their types.
-pytestmark = pytest.mark.usefixtures("plain_errors")
+pytestmark = [
+    pytest.mark.usefixtures("plain_errors"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 
 
 class Nothing:
@@ -31,7 +32,15 @@ class Nothing:
 
 
 @pytest.fixture
-def made(monkeypatch):
+def worker():
+    """The module, which takes seconds to import: not while tests are collected."""
+    from sparsemem.distributed import worker
+
+    return worker
+
+
+@pytest.fixture
+def made(monkeypatch, worker):
     """Weak references to the trainers that were made; everything around them does nothing."""
     found = []
 
@@ -59,7 +68,7 @@ def made(monkeypatch):
     return found
 
 
-def test_the_trainer_is_gone_before_the_group(made, monkeypatch, tmp_path):
+def test_the_trainer_is_gone_before_the_group(worker, made, monkeypatch, tmp_path):
     """See `leave`: where a model holds the group last, torch may wait for ever."""
     left = []
     monkeypatch.setattr(
