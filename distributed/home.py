@@ -265,6 +265,7 @@ class ShardHome:
     version: int  # of the log that is written to
     server: ShardServer
     _is_open = False
+    _as_saved: int | None = None  # the version that it is at, until it is asked for anything
 
     def __init__(self, path: Path, shard: int, patience: float = 0.0) -> None:
         manifest = read_manifest(path)
@@ -286,6 +287,7 @@ class ShardHome:
             self._open()
         if call.operation in OPERATIONS:
             return getattr(self, call.operation)(*call.arguments)
+        self._as_saved = None
         return self.server.call(call)
 
     def standing(self) -> tuple[int, int]:
@@ -325,9 +327,20 @@ class ShardHome:
 
     def restore(self) -> None:
         """Go to where the manifest says, if its logs are later ones: it was changed for that."""
-        if read_manifest(self.path).log > self.version:
+        manifest = read_manifest(self.path)
+        if manifest.log <= self.version:
+            return
+        if self._as_saved != manifest.version:
             self._let_go()
             self._open()
+            return
+        with write_errors(self.folder):
+            self.server.change_log(
+                lambda _: manifest.begin_log(self.folder, self.shard, manifest.log)
+            )
+        self.server.begin_anew()
+        self.version = manifest.log
+        self.forget()
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -339,6 +352,7 @@ class ShardHome:
         manifest = read_manifest(self.path)
         history = read_history(self.folder, manifest, self.shard)
         self.version, last = history.number, history.last
+        self._as_saved = None if history.calls else manifest.version
         with write_errors(self.folder):
             self.server = read_server(self.folder, manifest, self.shard, history)
             if last is not None:

@@ -189,6 +189,11 @@ class ShardServer:
             self._log.close()
         self._log = log
 
+    def begin_anew(self) -> None:
+        """Clients do, as where a shard goes back to a version."""
+        self._answers.clear()
+        self._pushes = Pushes(self.bank)
+
     def close(self) -> None:
         """Stop what runs in the background, and let go of the log."""
         self.bank.close()

@@ -53,6 +53,29 @@ def test_a_crash_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch):
         again.close()
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_shard_that_is_as_it_was_saved_reads_nothing_again(tmp_path, monkeypatch, version):
+    """A run that goes on opens its shards and takes them to its checkpoint's version."""
+    bank = new_bank(tmp_path / "bank")
+    if version:
+        filled(bank).save()
+    expected, after = state_of(bank), then(bank)
+    bank.restore(version)
+    bank.close()
+    bank, read = opened(tmp_path / "bank"), []
+    monkeypatch.setattr(home_module, "read_server", lambda *given: read.append(given))
+    bank.restore(version)
+    assert not read
+    same_state(state_of(bank), expected)
+    monkeypatch.undo()
+    same_state(then(bank)[1], after[1])
+    bank.restore(version)  # now there is something to go back from
+    same_state(state_of(bank), expected)
+    assert then(bank)[0] == after[0]
+    bank.close()
+    same_state(state_of(opened(tmp_path / "bank")), after[1])
+
+
 def test_a_crash_at_any_moment_of_a_restore_leaves_all_shards_before_or_after_it(
     tmp_path, monkeypatch
 ):
