@@ -50,7 +50,7 @@ SIZES = [2**power for power in range(10, 31, 2)]
 DENSE_STEPS, PLAIN_STEPS = 3, 2  # what fits; the first step, without a past, is the cheapest
 ROW_PASSES = 24  # of a step of the NTM, forward and backward: counted in memory/products.py
 LINKED_SLOTS, LINKED_STEPS = 2_048, 10
-LONG, TRUNCATE, WINDOW = 100_000, 100, 1_000
+LONG, TRUNCATE, WINDOW, OTHERS = 100_000, 100, 1_000, 3
 # Large tensors reuse memory of the process instead of asking the kernel for zeroed pages each
 # time, which takes longer than a dense step's work. Read when a process starts.
 ALLOCATOR = {
@@ -280,38 +280,60 @@ def links(repetitions: int = 7) -> dict[str, Any]:
     }
 
 
+class Sequence:
+    """One sequence (batch 1) with truncated BPTT, chunk by chunk."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.state = model, None
+
+    def chunk(self) -> None:
+        """The next TRUNCATE steps, forward and backward."""
+        output, self.state = self.model(torch.randn(1, TRUNCATE, INPUTS), self.state)
+        output.square().mean().backward()
+        self.state = self.state.detach()
+
+    def microseconds(self) -> float:
+        """A step of them."""
+        return seconds(self.chunk) / TRUNCATE * 1e6
+
+
 def long() -> dict[str, Any]:
-    """Time a step along one sequence (batch 1), and what the last steps spend it on."""
-    model, state, times = sparse(SAM, 2**30), None, []
+    """Time a step along one sequence, and what the last steps spend it on.
+
+    The last 3,000 steps are taken in turns with the first 1,000 of three others: minutes apart
+    this machine is another one.
+    """
+    model, size = sparse(SAM, 2**30), WINDOW // TRUNCATE
     pass_of(model, TRUNCATE, 1)
     can_find(torch.float32)  # compiled, or loaded, before it is timed
     tree_kernels()
-
-    def chunk() -> None:
-        nonlocal state
-        output, state = model(torch.randn(1, TRUNCATE, INPUTS), state)
-        output.square().mean().backward()
-        state = state.detach()
-
-    for _ in range(LONG // TRUNCATE):
-        times.append(seconds(chunk) / TRUNCATE * 1e6)
-    size = WINDOW // TRUNCATE
-    first, last = statistics.mean(times[:size]), statistics.mean(times[-size:])
+    grown, short = Sequence(model), Sequence(model)
+    times = [grown.microseconds() for _ in range(LONG // TRUNCATE - OTHERS * size)]
+    first, last = [], []
+    for chunk in range(OTHERS * size):
+        if chunk % size == 0:
+            short = Sequence(model)
+        first.append(short.microseconds())
+        last.append(grown.microseconds())
     profile = cProfile.Profile()
     for _ in range(size):
-        profile.runcall(chunk)
+        profile.runcall(grown.chunk)
     return {
-        "slots_touched": int(state.touched[0]) if state is not None else 0,
-        "first_1000_microseconds_a_step": first,
-        "last_1000_microseconds_a_step": last,
-        "last_to_first": last / first,
+        "slots_touched": int(grown.state.touched[0]),
+        "first_1000_microseconds_a_step": statistics.median(first),
+        "last_1000_microseconds_a_step": statistics.median(last),
+        "last_to_first": statistics.median(last) / statistics.median(first),
         "microseconds_a_step_by_10000_steps": [
-            round(statistics.mean(times[i : i + 10 * size]))
-            for i in range(0, len(times), 10 * size)
+            round(statistics.mean(some)) for some in batched(times + last, 10 * size)
         ],
-        "slowest_100_steps_microseconds_a_step": max(times),
+        "slowest_100_steps_microseconds_a_step": max(times + last),
         "profile_of_1000_more_steps": top_functions(profile),
     }
+
+
+def batched(values: list[float], size: int) -> list[list[float]]:
+    """So many at a time."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def top_functions(profile: cProfile.Profile, count: int = 15) -> dict[str, float]:
