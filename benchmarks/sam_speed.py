@@ -300,21 +300,20 @@ class Sequence:
 def long() -> dict[str, Any]:
     """Time a step along one sequence, and what the last steps spend it on.
 
-    The last 3,000 steps are taken in turns with the first 1,000 of three others: minutes apart
-    this machine is another one.
+    The last three times 1,000 steps are taken in turns with the first 1,000 of three others:
+    half a minute later this machine is another one.
     """
     model, size = sparse(SAM, 2**30), WINDOW // TRUNCATE
     pass_of(model, TRUNCATE, 1)
     can_find(torch.float32)  # compiled, or loaded, before it is timed
     tree_kernels()
-    grown, short = Sequence(model), Sequence(model)
+    grown = Sequence(model)
     times = [grown.microseconds() for _ in range(LONG // TRUNCATE - OTHERS * size)]
     first, last = [], []
-    for chunk in range(OTHERS * size):
-        if chunk % size == 0:
-            short = Sequence(model)
-        first.append(short.microseconds())
-        last.append(grown.microseconds())
+    for _ in range(OTHERS):
+        short = Sequence(model)
+        first += [short.microseconds() for _ in range(size)]
+        last += [grown.microseconds() for _ in range(size)]
     profile = cProfile.Profile()
     for _ in range(size):
         profile.runcall(grown.chunk)
