@@ -14,6 +14,7 @@ import warnings
 import torch
 
 from sparsemem.bank import MemoryBank, folder, shards
+from sparsemem.indexes.compiling import loops_for
 
 NUM_ROWS, WIDTH, VALUE_WIDTH = 1500, 4, 2
 SHARD_ROWS = 512  # small, so that the bank has several shards
@@ -124,6 +125,7 @@ def main():
     """Serve forks: importing torch takes seconds, forking does not."""
     torch.set_num_threads(1)  # nothing to fork but this thread
     small_shards()
+    loops_for(torch.zeros(1))  # compiled or loaded here: no fork lives for so long
     for line in sys.stdin:
         path, first, seed = line.split()
         child = os.fork()
