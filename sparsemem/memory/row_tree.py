@@ -16,7 +16,7 @@ NONE = -1  # as in sparsemem/kernels/tree.py, with the next two
 PART, FEW = 4, 16  # of a node: what a part of it has at least; with less a list is given up
 NODE_SIZE = 256  # members
 PROBED_GROUPS = 8
-PROBED_LISTS = 20
+PROBED_LISTS = 36
 SPARE_CANDIDATES = 60  # more than k are proposed, where so many seem to be nearly as good
 ENTERED_AT_ONCE = 4_096
 
