@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +96,7 @@ class Buffer:
 
     def _mark(self, ids: Any) -> Any:
         """Place rows, and say which of them did not wait before."""
-        rows, loops = self.table.take(self._tensor(ids)), self._loops()
+        rows, loops = self.table.take(self._tensor(ids)), loops_for(self._rows)
         if loops is not None:
             idle = np.empty_like(ids)
             held = (self.place, self.marks, self.waits, self._ids, self._rows.numpy())
@@ -138,7 +137,7 @@ class Buffer:
 
     def drop(self, ids: Any) -> None:
         """Rows [n] (distinct) that are here leave."""
-        if (loops := self._loops()) is not None:
+        if (loops := loops_for(self._rows)) is not None:
             held = (self.place, self.waits, self._ids, self._rows.numpy())
             self.count, waited = loops.drop(ids, self.count, *held)
             self.waiting -= waited
@@ -166,7 +165,7 @@ class Buffer:
         distance at which the lists were chosen. Their ids, labels, lists, and vectors [m, W] as
         FAISS sees them.
         """
-        if (loops := self._loops()) is not None:
+        if (loops := loops_for(self._rows)) is not None:
             kept, labels, lists = np.empty_like(ids), np.empty_like(ids), np.empty_like(ids)
             vectors = np.empty((len(ids), self.table.width), np.float32)
             made = (kept, labels, lists, vectors)
@@ -180,10 +179,6 @@ class Buffer:
         away = squares(vectors, known.centroids[lists])
         near = away <= np.maximum(usual, farther * known.chosen[ids])
         return ids[near], labels[near], lists[near], vectors[near]
-
-    def _loops(self) -> ModuleType | None:
-        """Compiled ones, where these are for the rows."""
-        return loops_for(self._rows)
 
     def scan(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
         """The k best of the rows, exactly: by score, then id."""

@@ -17,6 +17,8 @@ from numba import types
 from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
+LINE = 64  # bytes that come from memory together
+
 # A sum may be added up in any order, and a product added without rounding it first: so loops run
 # on vectors. Not-a-numbers and infinities are left as they are.
 OPTIONS: dict[str, Any] = {

@@ -16,12 +16,10 @@ from numba import types
 
 from sparsemem.indexes import lists, looping, metrics
 from sparsemem.indexes.lists import OFFSET_BITS
-from sparsemem.indexes.looping import compiled, fetch, files_of, stamp_of
-from sparsemem.indexes.metrics import COSINE_EPSILON
+from sparsemem.indexes.looping import LINE, compiled, fetch, files_of, stamp_of
+from sparsemem.indexes.metrics import COSINE, COSINE_EPSILON, DISTANCE
 
 SOURCES = stamp_of([Path(__file__), *files_of(lists, looping, metrics)])
-COSINE, PRODUCT, DISTANCE = 0, 1, 2  # metrics, of `score`
-LINE = 64  # bytes that come from memory together
 MOST_FETCHED = 512  # bytes of a row that are asked for ahead
 AT_ONCE = 8  # queries whose entries are on their way together
 

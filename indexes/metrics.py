@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 COSINE_EPSILON = 1e-6
+COSINE, PRODUCT, DISTANCE = 0, 1, 2  # metrics, to compiled code
 
 
 def inverse_norm(rows: Float[Tensor, "*B W"]) -> Float[Tensor, "*B"]:
@@ -52,6 +53,11 @@ class Metric(StrEnum):
     def sign(self) -> int:
         """1 where a greater score is better, -1 where a smaller one is."""
         return -1 if self is Metric.l2 else 1
+
+    @property
+    def code(self) -> int:
+        """What compiled code knows it by."""
+        return {Metric.cosine: COSINE, Metric.ip: PRODUCT, Metric.l2: DISTANCE}[self]
 
     @property
     def missing(self) -> float:

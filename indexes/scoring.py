@@ -21,7 +21,6 @@ from sparsemem.indexes.table import RowTable
 SCORED_NUMBERS = 2**22  # of rows that are scored at once
 MOST_INSERTED = 256  # kept by insertion, which takes k steps where the best come last
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
-METRICS = {Metric.cosine: 0, Metric.ip: 1, Metric.l2: 2}  # as in loops.py, which imports Numba
 
 
 class Scoring:
@@ -80,7 +79,7 @@ class TableScoring(Scoring):
         scores = np.full((len(ids), k), self.metric.missing, NUMPY_DTYPES[queries.dtype])
         best = np.full(scores.shape, MISSING)
         given = [part.detach().contiguous().numpy() for part in (queries, rows, ids)]
-        kind = (METRICS[self.metric], self.metric.sign, self.metric.missing)
+        kind = (self.metric.code, self.metric.sign, self.metric.missing)
         loops.top(*kind, *given, scores, best)
         return Found(torch.from_numpy(scores), torch.from_numpy(best))
 
@@ -108,5 +107,5 @@ class TableScoring(Scoring):
     def _scored(self, loops: ModuleType, queries: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
         scores = queries.new_empty(ids.shape)
         given = [part.detach().contiguous().numpy() for part in (queries, rows, ids)]
-        loops.score(METRICS[self.metric], *given, self.metric.missing, scores.numpy())
+        loops.score(self.metric.code, *given, self.metric.missing, scores.numpy())
         return scores

@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 
 from sparsemem.indexes import looping, metrics
 from sparsemem.indexes.looping import compiled, files_of, stamp_of
-from sparsemem.indexes.looping import fetch as fetch
 from sparsemem.indexes.metrics import COSINE_EPSILON
 from sparsemem.memory import usage
 

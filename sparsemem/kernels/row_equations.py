@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparsemem.indexes.looping import LINE, fetch
+from sparsemem.indexes.metrics import COSINE, PRODUCT
 from sparsemem.kernels.compiled import (
     add_scaled,
     array_at,
     assign,
     clear,
     dot,
-    fetch,
     given_or_zero,
     inverse_norm,
     kernel,
@@ -24,9 +25,7 @@ from sparsemem.kernels.compiled import (
 )
 
 SGD, ADAGRAD, ADAM = 0, 1, 2  # what `step_rows` does
-COSINE, PRODUCT, DISTANCE = 0, 1, 2  # the metrics of `score_gradients`
 OUT_OF_RANGE = -1
-LINE = 64  # bytes that come from memory together
 AHEAD = 4  # entries whose rows are on their way: a row far away takes as long as two steps
 
 

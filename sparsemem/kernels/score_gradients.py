@@ -8,9 +8,6 @@ from torch import Tensor
 from sparsemem.indexes.metrics import Metric
 from sparsemem.kernels import RowKernels
 
-# As in row_equations.py, which imports Numba.
-METRICS = {Metric.cosine: 0, Metric.ip: 1, Metric.l2: 2}
-
 
 def score_gradients(
     kernels: RowKernels,
@@ -29,7 +26,7 @@ def score_gradients(
     made = (of_queries, of_rows)
     kernels.score_gradients(
         kernels.like,
-        (METRICS[metric], *rows.shape),
+        (metric.code, *rows.shape),
         tuple([0 if part is None else part.data_ptr() for part in (*tensors, *made)]),
     )
     return of_queries, of_rows
