@@ -149,7 +149,8 @@ def main(
         print(f"{name}: memory {last['memory_ratio']:.3f}, time {last['time_ratio']:.2f}")
     result = {
         "machine": machine(),
-        "setting": "predicted by measured; memory: tensors at the peak, time: mean training step (medians of turns)",
+        "setting": "predicted by measured; memory: tensors at the peak, "
+        "time: mean training step (medians of turns)",
         "memory_within_20_percent": sum(each["memory_within"] for each in found),
         "time_within_factor_1.5": sum(each["time_within"] for each in found),
         "configs": found,
