@@ -1,7 +1,8 @@
 """Directions as codes: whole numbers from -LENGTH to LENGTH, a byte each; compiled.
 
-Codes of a node lie transposed, [W, S]: a query's products with all of them run on vectors of 16
-bits, and read a quarter of what floats would take.
+Codes of a node lie in blocks of LANES, transposed, [blocks, W, LANES]: a query's products with a
+block run on vectors of 16 bits, and read a quarter of what floats would take, line after line of
+memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemem.kernels.compiled import clear, part
+from sparsemem.kernels.compiled import assign, clear, part
+from sparsemem.kernels.lanes import LANES, multiply
 
 LENGTH = 127.0  # of a code, as a vector
 LONGEST = 240.0  # of a query's: with wide rows less, as the product has to fit 16 bits
 LARGEST = 32_767.0
-LANES = 64
 # In cosines: four standard deviations of what rounding the code of a row and of a query does.
 MARGIN = 4 * (1 / 12) ** 0.5 * (1 / LENGTH**2 + 1 / LONGEST**2) ** 0.5
 ROUNDS = 4  # of 2-means, when a node is split
@@ -37,34 +38,32 @@ def query_length(width):
 
 
 @part
-def products(codes, count, query, scores):
-    """Products of a query's code [W] with the first of the codes [W, S] of a node.
-
-    And with a few behind those, which mean nothing: a loop that runs on whole vectors is faster.
-    """
-    width, stop = len(query), min(-(-count // LANES) * LANES, len(scores))
-    for s in range(stop):
-        scores[s] = 0
-    for j in range(0, width - 3, 4):  # what overflows on the way comes back
-        a, b, c, d = query[j], query[j + 1], query[j + 2], query[j + 3]
-        first, second, third, fourth = codes[j], codes[j + 1], codes[j + 2], codes[j + 3]
-        for s in range(stop):
-            total = np.int16(a * first[s]) + np.int16(b * second[s])
-            total += np.int16(c * third[s]) + np.int16(d * fourth[s])
-            scores[s] += np.int16(total)
-    for j in range(width - width % 4, width):
-        a, first = query[j], codes[j]
-        for s in range(stop):
-            scores[s] += np.int16(a * first[s])
+def code_at(codes, place):
+    """The code [W] at a place of a node."""
+    return codes[place // LANES, :, place % LANES]
 
 
 @part
-def divide(codes, sides, means):
-    """Part the first of codes [W, S] in two by 2-means of directions: sides [n], means [2, W].
+def products(codes, count, query, scores):
+    """Products of a query's code [W] with the first of the codes of a node.
+
+    And with what is behind those in the last block, which mean nothing.
+    """
+    for start in range(0, count, LANES):  # what overflows on the way comes back
+        block = codes[start // LANES].ctypes.data
+        multiply(block, len(query), query.ctypes.data, scores[start:].ctypes.data)
+
+
+@part
+def divide(kept, sides, means):
+    """Part the first of the codes of a node in two by 2-means of directions: sides [n],
+    means [2, W].
 
     Where one part would be too small, it gets those that lean towards it most.
     """
-    leaning = np.empty(len(sides))
+    leaning, codes = np.empty(len(sides)), np.empty((means.shape[1], len(sides)), np.int8)
+    for i in range(len(sides)):
+        assign(codes[:, i], code_at(kept, i))
     for i in range(len(sides)):
         sides[i] = 0
     first, second = np.int64(0), np.int64(1)
@@ -88,7 +87,7 @@ def divide(codes, sides, means):
 
 @part
 def lean(codes, axis, leaning):
-    """How far the first of codes [W, S] point along an axis."""
+    """How far codes [W, n] point along an axis."""
     clear(leaning)
     for j in range(len(codes)):
         for i in range(len(leaning)):
@@ -97,7 +96,7 @@ def lean(codes, axis, leaning):
 
 @part
 def mean_direction(codes, sides, side, mean):
-    """The mean direction of those codes [W, S] that are on a side; as long as a code."""
+    """The mean direction of those codes [W, n] that are on a side; as long as a code."""
     total = 0.0
     for j in range(len(codes)):
         entry = 0

@@ -8,7 +8,8 @@ takes the same time however many there are, and nothing is ever built anew. (Spl
 reassign: as SPFresh, Xu et al. 2023, arXiv 2410.14452, but in memory and at once.)
 
 Directions are codes (codes.py). Their products are off by MARGIN at most, nearly always: rows that
-come as near to the k-th best are proposed, and scored from the rows by the caller.
+come as near to the k-th best are proposed, and scored from the rows by the caller. `codes` of a
+node are [blocks, W, LANES], the code of a member [W].
 
 Functions are for one element of the batch, but for those with ENTRIES. Shape letters beside those
 of steps.py: S members that a node has room for.
@@ -21,11 +22,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsemem.kernels.codes import LENGTH, MARGIN, PART, divide, encode, products, query_length
-from sparsemem.kernels.compiled import array_at, insert, kernel, part
+from sparsemem.kernels.codes import (
+    LENGTH,
+    MARGIN,
+    PART,
+    code_at,
+    divide,
+    encode,
+    products,
+    query_length,
+)
+from sparsemem.kernels.compiled import array_at, assign, insert, kernel, part
+from sparsemem.kernels.lanes import LANES, at_least, lowest
 
-NONE, LOWEST = -1, -(2**40)
-TOGETHER = 32  # scores that are looked at one by one if one of them is large enough
+NONE, LOWEST = -1, -(2**15)
 TURNS = 8  # of small changes of a row, in one its list is looked for again
 HOMES = 3  # groups in which the list for a row is looked for
 FEW = 16  # a list with less than a sixteenth of the rows that it has room for is given up
@@ -34,7 +44,7 @@ FEW = 16  # a list with less than a sixteenth of the rows that it has room for i
 class Level(NamedTuple):
     """Nodes of one kind; which are free begins in `state`, and goes on by `counts`."""
 
-    codes: Any  # [nodes, W, S]
+    codes: Any  # [nodes, blocks, W, LANES]
     members: Any  # [nodes, S]
     counts: Any  # members of each node
     places: Any  # of each member: node * S + its place there; NONE: not in the tree
@@ -54,9 +64,9 @@ class Tree(NamedTuple):
 def scan(level, nodes, query, best, kept, scores):
     """The members of nodes with the largest products, best first, ties by number: as many as
     `best` has room for. The last but `kept` of them are only such as come within the margin of
-    the one before; NONE behind them. `scores` [len(nodes), S] is overwritten.
+    the one before; NONE behind them. `scores` [len(nodes), blocks * LANES] is overwritten.
     """
-    cells, tops = np.empty(len(best), np.int64), np.full(len(nodes), LOWEST)
+    cells = np.empty(len(best), np.int64)
     found, least = np.int64(0), np.int64(LOWEST)  # not literals: Numba compiles those apart
     for i in range(len(best)):
         best[i] = NONE
@@ -64,7 +74,6 @@ def scan(level, nodes, query, best, kept, scores):
         if nodes[i] != NONE:
             node, count = nodes[i], level.counts[nodes[i]]
             products(level.codes[node], count, query, scores[i])
-            tops[i] = largest(scores[i], 0, count)
             found, least = enter_best(
                 cells[:kept], best[:kept], found, least, scores[i], level.members[node], count
             )
@@ -72,7 +81,7 @@ def scan(level, nodes, query, best, kept, scores):
         return
     found, enough = np.int64(0), least - np.int64(MARGIN * LENGTH * query_length(len(query)))
     for i in range(len(nodes)):
-        if tops[i] > LOWEST and tops[i] >= enough:
+        if nodes[i] != NONE:
             node, count = nodes[i], level.counts[nodes[i]]
             found, enough = enter_best(
                 cells, best, found, enough, scores[i], level.members[node], count
@@ -84,24 +93,18 @@ def enter_best(cells, best, found, least, scores, members, count):
     """Put members of at least a score where they belong among the best so far. How many these
     are, and what a score has to be from now on.
     """
-    for start in range(0, count, TOGETHER):
-        stop = min(start + TOGETHER, count)
-        if largest(scores, start, stop) >= least:
-            for place in range(start, stop):
-                if scores[place] >= least:
-                    found, _ = insert(cells, best, found, scores[place], members[place])
-                    if found == len(best):
-                        least = max(least, cells[found - 1])
+    for start in range(0, count, LANES):
+        bits = at_least(scores[start:].ctypes.data, least)
+        if count - start < LANES:
+            bits &= (1 << (count - start)) - 1
+        while bits:
+            place = start + lowest(bits)
+            bits &= bits - 1
+            if scores[place] >= least:
+                found, _ = insert(cells, best, found, scores[place], members[place])
+                if found == len(best):
+                    least = max(least, cells[found - 1])
     return found, least
-
-
-@part
-def largest(scores, start, stop):
-    """The largest of some scores."""
-    top = scores[start]
-    for place in range(start, stop):
-        top = max(top, scores[place])
-    return np.int64(top)
 
 
 @part
@@ -109,9 +112,7 @@ def propose(tree, query, groups, lists, best, k):
     """Rows among which the k best for the code of a query should be: of the nearest of the lists
     of the nearest groups, as many of these as the arguments say.
     """
-    size = tree.rows.members.shape[1]
-    scores = np.empty((max(groups, lists), size), np.int16)
-    of_root = np.empty((1, tree.groups.members.shape[1]), np.int16)
+    scores, of_root = scores_of(tree.rows, max(groups, lists)), scores_of(tree.groups, 1)
     near_groups, near_lists = np.empty(groups, np.int64), np.empty(lists, np.int64)
     scan(tree.groups, np.zeros(1, np.int64), query, near_groups, groups, of_root)
     scan(tree.lists, near_groups, query, near_lists, lists, scores)
@@ -120,17 +121,22 @@ def propose(tree, query, groups, lists, best, k):
 
 
 @part
-def assign_code(level, node, place, code):
-    """Set the code at a place of a node."""
-    for j in range(len(code)):
-        level.codes[node, j, place] = code[j]
+def scores_of(level, nodes):
+    """Room for the scores of some nodes of a level."""
+    return np.empty((nodes, level.codes.shape[1] * LANES), np.int16)
+
+
+@part
+def code_of(level):
+    """Room for a code."""
+    return np.empty(level.codes.shape[2], np.int16)
 
 
 @part
 def append(level, node, member, code):
     """Add a member to a node."""
     place = level.counts[node]
-    assign_code(level, node, place, code)
+    assign(code_at(level.codes[node], place), code)
     level.members[node, place] = member
     level.places[member] = node * level.members.shape[1] + place
     level.counts[node] = place + 1
@@ -142,8 +148,7 @@ def take_out(level, member):
     size = level.members.shape[1]
     node, place = level.places[member] // size, level.places[member] % size
     last = level.counts[node] - 1
-    for j in range(level.codes.shape[1]):
-        level.codes[node, j, place] = level.codes[node, j, last]
+    assign(code_at(level.codes[node], place), code_at(level.codes[node], last))
     level.members[node, place] = level.members[node, last]
     level.places[level.members[node, place]] = node * size + place
     level.places[member] = NONE
@@ -174,21 +179,20 @@ def give_up(level, node):
 @part
 def split(level, node, above):
     """Move a part of a node's members to a new one, which the node above gets. That one."""
-    count, width = level.counts[node], level.codes.shape[1]
-    sides, means = np.empty(count, np.int64), np.empty((2, width))
+    count, code = level.counts[node], code_of(level)
+    sides, means = np.empty(count, np.int64), np.empty((2, len(code)))
     divide(level.codes[node], sides, means)
-    new, code = new_node(level), np.empty(width, np.int16)
+    new = new_node(level)
     for place in range(count - 1, -1, -1):  # what takes a place has been looked at
         if sides[place]:
             member = level.members[node, place]
-            for j in range(width):
-                code[j] = level.codes[node, j, place]
+            assign(code, code_at(level.codes[node], place))
             take_out(level, member)
             append(level, new, member, code)
     size = above.members.shape[1]
     parent, place = above.places[node] // size, above.places[node] % size
     encode(means[0], 1 / LENGTH, LENGTH, code)
-    assign_code(above, parent, place, code)
+    assign(code_at(above.codes[parent], place), code)
     encode(means[1], 1 / LENGTH, LENGTH, code)
     append(above, parent, new, code)
     return parent
@@ -198,8 +202,7 @@ def split(level, node, above):
 def home(tree, code):
     """The list for a code: the nearest one of the nearest groups."""
     groups, chosen = np.empty(HOMES, np.int64), np.empty(1, np.int64)
-    of_root = np.empty((1, tree.groups.members.shape[1]), np.int16)
-    of_groups = np.empty((HOMES, tree.lists.members.shape[1]), np.int16)
+    of_root, of_groups = scores_of(tree.groups, 1), scores_of(tree.lists, HOMES)
     scan(tree.groups, np.zeros(1, np.int64), code, groups, len(groups), of_root)
     scan(tree.lists, groups, code, chosen, len(chosen), of_groups)
     return chosen[0]
@@ -227,10 +230,9 @@ def scatter(tree, node):
         give_up(tree.lists, group)
     else:
         take_out(tree.lists, node)
-    code = np.empty(tree.rows.codes.shape[1], np.int16)
+    code = code_of(tree.rows)
     for place in range(tree.rows.counts[node]):
-        for j in range(len(code)):
-            code[j] = tree.rows.codes[node, j, place]
+        assign(code, code_at(tree.rows.codes[node], place))
         add(tree, home(tree, code), tree.rows.members[node, place], code)
     give_up(tree.rows, node)
 
@@ -240,10 +242,10 @@ def is_near(codes, place, code):
     """Whether a code may stay in its list: no number changed by more than one, and it is not its
     turn to look for a list again, as every eighth of such changes is, more or less.
     """
-    total = 0
+    total, before = 0, code_at(codes, place)
     for j in range(len(code)):
         total += code[j]
-        if abs(np.int64(code[j]) - codes[j, place]) > 1:
+        if abs(np.int64(code[j]) - before[j]) > 1:
             return False
     return total % TURNS != 0
 
@@ -257,11 +259,11 @@ def put(tree, row, code):
         append(tree.lists, group, chosen, code)
     size, place = tree.rows.members.shape[1], tree.rows.places[row]
     if place != NONE and is_near(tree.rows.codes[place // size], place % size, code):
-        assign_code(tree.rows, place // size, place % size, code)
+        assign(code_at(tree.rows.codes[place // size], place % size), code)
         return
     chosen, left = home(tree, code), NONE
     if place != NONE and place // size == chosen:
-        assign_code(tree.rows, chosen, place % size, code)
+        assign(code_at(tree.rows.codes[chosen], place % size), code)
         return
     if place != NONE:
         left = take_out(tree.rows, row)
@@ -297,22 +299,23 @@ def trees_at(sizes, addresses):
     """The trees of all elements, each array with the batch in front."""
     batch, width, capacity, size, lists, groups = sizes
     whole, byte = np.empty(0, np.int64), np.empty(0, np.int8)
+    blocks, of_root = -(-size // LANES), -(-groups // LANES)
     rows = Level(
-        array_at(addresses[0], byte, (batch, lists, width, size)),
+        array_at(addresses[0], byte, (batch, lists, blocks, width, LANES)),
         array_at(addresses[1], whole, (batch, lists, size)),
         array_at(addresses[2], whole, (batch, lists)),
         array_at(addresses[3], whole, (batch, capacity)),
         array_at(addresses[4], whole, (batch, 2)),
     )
     middle = Level(
-        array_at(addresses[5], byte, (batch, groups, width, size)),
+        array_at(addresses[5], byte, (batch, groups, blocks, width, LANES)),
         array_at(addresses[6], whole, (batch, groups, size)),
         array_at(addresses[7], whole, (batch, groups)),
         array_at(addresses[8], whole, (batch, lists)),
         array_at(addresses[9], whole, (batch, 2)),
     )
     top = Level(
-        array_at(addresses[10], byte, (batch, 1, width, groups)),
+        array_at(addresses[10], byte, (batch, 1, of_root, width, LANES)),
         array_at(addresses[11], whole, (batch, 1, groups)),
         array_at(addresses[12], whole, (batch, 1)),
         array_at(addresses[13], whole, (batch, groups)),

@@ -14,6 +14,7 @@ from sparsemem.kernels.trees import TreeKernels, tree_kernels
 
 NONE = -1  # as in sparsemem/kernels/tree.py, with the next two
 PART, FEW = 4, 16  # of a node: what a part of it has at least; with less a list is given up
+LANES = 64  # as in sparsemem/kernels/lanes.py
 NODE_SIZE = 256  # members
 PROBED_GROUPS = 8
 PROBED_LISTS = 36
@@ -22,19 +23,21 @@ ENTERED_AT_ONCE = 4_096
 
 
 class Tables(NamedTuple):
-    """The arrays of B trees: see sparsemem/kernels/tree.py. M rows, L lists, G groups, S a node."""
+    """The arrays of B trees: see sparsemem/kernels/tree.py. M rows, L lists, G groups, S members
+    of a node, in Z blocks (Y of the root).
+    """
 
-    row_codes: Int8[Tensor, "B L W S"]
+    row_codes: Int8[Tensor, "B L Z W 64"]
     row_members: Int[Tensor, "B L S"]
     row_counts: Int[Tensor, "B L"]
     row_places: Int[Tensor, "B M"]
     row_state: Int[Tensor, "B 2"]
-    list_codes: Int8[Tensor, "B G W S"]
+    list_codes: Int8[Tensor, "B G Z W 64"]
     list_members: Int[Tensor, "B G S"]
     list_counts: Int[Tensor, "B G"]
     list_places: Int[Tensor, "B L"]
     list_state: Int[Tensor, "B 2"]
-    group_codes: Int8[Tensor, "B 1 W G"]
+    group_codes: Int8[Tensor, "B 1 Y W 64"]
     group_members: Int[Tensor, "B 1 G"]
     group_counts: Int[Tensor, "B 1"]
     group_places: Int[Tensor, "B G"]
@@ -44,8 +47,9 @@ class Tables(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """B, W, M, S, L, G."""
-        batch, lists, width, size = self.row_codes.shape
-        return batch, width, self.row_places.shape[1], size, lists, self.list_counts.shape[1]
+        batch, lists, _, width, _ = self.row_codes.shape
+        size, groups = self.row_members.shape[2], self.list_counts.shape[1]
+        return batch, width, self.row_places.shape[1], size, lists, groups
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -57,18 +61,19 @@ class Tables(NamedTuple):
         """Trees without a row."""
         whole, byte = (torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int8))
         state = torch.tensor([[0, NONE]]).repeat(batch, 1)
+        blocks, of_root = -(-size // LANES), -(-groups // LANES)
         return Tables(
-            byte.new_empty(batch, lists, width, size),
+            byte.new_empty(batch, lists, blocks, width, LANES),
             whole.new_empty(batch, lists, size),
             whole.new_empty(batch, lists),
             whole.new_full((batch, rows), NONE),
             state,
-            byte.new_empty(batch, groups, width, size),
+            byte.new_empty(batch, groups, blocks, width, LANES),
             whole.new_empty(batch, groups, size),
             whole.new_empty(batch, groups),
             whole.new_empty(batch, lists),
             state.clone(),
-            byte.new_empty(batch, 1, width, groups),
+            byte.new_empty(batch, 1, of_root, width, LANES),
             whole.new_empty(batch, 1, groups),
             whole.new_zeros(batch, 1),
             whole.new_empty(batch, groups),
