@@ -18,6 +18,7 @@ from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 LINE = 64  # bytes that come from memory together
+MOST_FETCHED = 512  # bytes of a row that are asked for ahead
 
 # A sum may be added up in any order, and a product added without rounding it first: so loops run
 # on vectors. Not-a-numbers and infinities are left as they are.
@@ -69,3 +70,15 @@ def fetch(_context, address):
         return None
 
     return signature, generate
+
+
+def fetch_rows(rows, ids):
+    """Have rows [n, W] at `ids` on their way from memory; of wide ones the rest comes by itself.
+
+    For others to compile.
+    """
+    start, size = rows.ctypes.data, rows.shape[1] * rows.itemsize
+    for id in ids:
+        if id >= 0:
+            for offset in range(0, min(size, MOST_FETCHED), LINE):
+                fetch(start + id * size + offset)

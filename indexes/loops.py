@@ -16,17 +16,19 @@ from numba import types
 
 from sparsemem.indexes import lists, looping, metrics
 from sparsemem.indexes.lists import OFFSET_BITS
-from sparsemem.indexes.looping import LINE, compiled, fetch, files_of, stamp_of
+from sparsemem.indexes.looping import compiled, fetch, files_of, stamp_of
 from sparsemem.indexes.metrics import COSINE, COSINE_EPSILON, DISTANCE
 
 SOURCES = stamp_of([Path(__file__), *files_of(lists, looping, metrics)])
-MOST_FETCHED = 512  # bytes of a row that are asked for ahead
 AT_ONCE = 8  # queries whose entries are on their way together
 
 
 def loop(function: Callable[..., Any]) -> Any:
     """Decorator of compiled functions."""
     return compiled(function, SOURCES)
+
+
+fetch_rows = loop(looping.fetch_rows)
 
 
 @loop
@@ -168,16 +170,6 @@ def have_ready(labels, row_of, label_of, place, live):
                 fetch(first + row * label_of.itemsize)
                 fetch(second + row * place.itemsize)
                 fetch(third + row)
-
-
-@loop
-def fetch_rows(rows, ids):
-    """Have rows [n, W] at `ids` on their way from memory; of wide ones the rest comes by itself."""
-    start, size = rows.ctypes.data, rows.shape[1] * rows.itemsize
-    for id in ids:
-        if id >= 0:
-            for offset in range(0, min(size, MOST_FETCHED), LINE):
-                fetch(start + id * size + offset)
 
 
 @loop

@@ -47,6 +47,9 @@ def strict_part(function: Callable[..., Any]) -> Any:
     return part(function, fastmath=False)
 
 
+fetch_rows = part(looping.fetch_rows)
+
+
 @intrinsic
 def pointer(_context, address, like):
     """An address (an integer) as a pointer to numbers of the type that an array `like` holds."""

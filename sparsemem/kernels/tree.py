@@ -24,18 +24,23 @@ import numpy as np
 
 from sparsemem.kernels.codes import (
     LENGTH,
-    MARGIN,
     PART,
     code_at,
     divide,
     encode,
-    products,
     query_length,
 )
-from sparsemem.kernels.compiled import array_at, assign, insert, kernel, part
-from sparsemem.kernels.lanes import LANES, at_least, lowest
+from sparsemem.kernels.compiled import (
+    array_at,
+    assign,
+    fetch_rows,
+    inverse_norm,
+    kernel,
+    part,
+)
+from sparsemem.kernels.lanes import LANES
+from sparsemem.kernels.nearest import NONE, scan
 
-NONE, LOWEST = -1, -(2**15)
 TURNS = 8  # of small changes of a row, in one its list is looked for again
 HOMES = 3  # groups in which the list for a row is looked for
 FEW = 16  # a list with less than a sixteenth of the rows that it has room for is given up
@@ -61,53 +66,6 @@ class Tree(NamedTuple):
 
 
 @part
-def scan(level, nodes, query, best, kept, scores):
-    """The members of nodes with the largest products, best first, ties by number: as many as
-    `best` has room for. The last but `kept` of them are only such as come within the margin of
-    the one before; NONE behind them. `scores` [len(nodes), blocks * LANES] is overwritten.
-    """
-    cells = np.empty(len(best), np.int64)
-    found, least = np.int64(0), np.int64(LOWEST)  # not literals: Numba compiles those apart
-    for i in range(len(best)):
-        best[i] = NONE
-    for i in range(len(nodes)):
-        if nodes[i] != NONE:
-            node, count = nodes[i], level.counts[nodes[i]]
-            products(level.codes[node], count, query, scores[i])
-            found, least = enter_best(
-                cells[:kept], best[:kept], found, least, scores[i], level.members[node], count
-            )
-    if found < kept or kept == len(best):
-        return
-    found, enough = np.int64(0), least - np.int64(MARGIN * LENGTH * query_length(len(query)))
-    for i in range(len(nodes)):
-        if nodes[i] != NONE:
-            node, count = nodes[i], level.counts[nodes[i]]
-            found, enough = enter_best(
-                cells, best, found, enough, scores[i], level.members[node], count
-            )
-
-
-@part
-def enter_best(cells, best, found, least, scores, members, count):
-    """Put members of at least a score where they belong among the best so far. How many these
-    are, and what a score has to be from now on.
-    """
-    for start in range(0, count, LANES):
-        bits = at_least(scores[start:].ctypes.data, least)
-        if count - start < LANES:
-            bits &= (1 << (count - start)) - 1
-        while bits:
-            place = start + lowest(bits)
-            bits &= bits - 1
-            if scores[place] >= least:
-                found, _ = insert(cells, best, found, scores[place], members[place])
-                if found == len(best):
-                    least = max(least, cells[found - 1])
-    return found, least
-
-
-@part
 def propose(tree, query, groups, lists, best, k):
     """Rows among which the k best for the code of a query should be: of the nearest of the lists
     of the nearest groups, as many of these as the arguments say.
@@ -118,6 +76,17 @@ def propose(tree, query, groups, lists, best, k):
     scan(tree.lists, near_groups, query, near_lists, lists, scores)
     scan(tree.rows, near_lists, query, best, k, scores)
     return best
+
+
+@part
+def propose_ahead(tree, queries, width, groups, lists, k, rows, norms, best, code):
+    """Rows `best` [H, C] for queries [H, ..]; they are on their way from memory then."""
+    for head in range(len(queries)):
+        query = queries[head, :width]
+        encode(query, inverse_norm(query), query_length(width), code)
+        propose(tree, code, groups, lists, best[head], k)
+        fetch_rows(rows, best[head])
+        fetch_rows(norms.reshape(-1, 1), best[head])
 
 
 @part

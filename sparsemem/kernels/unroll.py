@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemem.kernels.codes import encode, query_length
-from sparsemem.kernels.compiled import array_at, assign, clear, inverse_norm, kernel
+from sparsemem.kernels.compiled import array_at, assign, clear, kernel
 from sparsemem.kernels.controller import add_product, lstm, lstm_backward
 from sparsemem.kernels.gradients import read_backward, write_backward
 from sparsemem.kernels.steps import (
@@ -25,7 +24,7 @@ from sparsemem.kernels.steps import (
     read,
     write,
 )
-from sparsemem.kernels.tree import has_room, propose, tree_of, trees_at, update
+from sparsemem.kernels.tree import has_room, propose_ahead, tree_of, trees_at, update
 
 
 @kernel
@@ -66,7 +65,7 @@ def unroll(like, sizes, addresses, tables):
     shape = (batch, width, capacity, node_size, node_lists, node_groups)
     if len(tables) > 0:
         trees = trees_at(shape, tables)
-    candidates, code = np.empty(proposed, np.int64), np.empty(width, np.int16)
+    candidates, code = np.empty((heads, proposed), np.int64), np.empty(width, np.int16)
     fresh, next_start = np.empty_like(kept), np.empty_like(start)
     for t in range(first, steps):
         for b in range(begin, end):
@@ -98,16 +97,19 @@ def unroll(like, sizes, addresses, tables):
                 write_ids[t, b], write_weights[b],
             )  # fmt: skip
             touched[b] = max(touched[b], stop)
-            visible, entered = min(touched[b] + k, num_slots), 0
+            visible, entered, found = min(touched[b] + k, num_slots), 0, candidates[:, :0]
             if len(tables) > 0 and touched[b] >= minimum:
-                entered, tree = min(touched[b], num_slots - k), tree_of(trees, b)
+                entered, found = min(touched[b], num_slots - k), candidates[:, :]
+                tree = tree_of(trees, b)
                 update(tree, write_ids[t, b], touched[b], rows[b], norms[b], code)
+                propose_ahead(
+                    tree, values[t, b], width, groups, lists, k, rows[b], norms[b], found, code
+                )
             for head in range(heads):
-                query, found = values[t, b, head, :width], candidates[:0]
-                if len(tables) > 0 and touched[b] >= minimum:
-                    encode(query, inverse_norm(query), query_length(width), code)
-                    found = propose(tree, code, groups, lists, candidates, k)
-                rank(rows[b], norms[b], found, entered, visible, query, scale, ids[t + 1, b, head])
+                rank(
+                    rows[b], norms[b], found[head], entered, visible, values[t, b, head, :width],
+                    scale, ids[t + 1, b, head],
+                )  # fmt: skip
             read(
                 rows[b], values[t, b], width, ids[t + 1, b], links, weights[t, b],
                 read_rows[t, b], weights[t + 1, b],
