@@ -50,7 +50,7 @@ SIZES = [2**power for power in range(10, 31, 2)]
 DENSE_STEPS, PLAIN_STEPS = 3, 2  # what fits; the first step, without a past, is the cheapest
 ROW_PASSES = 24  # of a step of the NTM, forward and backward: counted in memory/products.py
 LINKED_SLOTS, LINKED_STEPS = 2_048, 10
-LONG, TRUNCATE, WINDOW, OTHERS = 100_000, 100, 1_000, 3
+LONG, TRUNCATE, WINDOW, OTHERS = 100_000, 100, 1_000, 8
 # Large tensors reuse memory of the process instead of asking the kernel for zeroed pages each
 # time, which takes longer than a dense step's work. Read when a process starts.
 ALLOCATOR = {
@@ -300,8 +300,8 @@ class Sequence:
 def long() -> dict[str, Any]:
     """Time a step along one sequence, and what the last steps spend it on.
 
-    The last three times 1,000 steps are taken in turns with the first 1,000 of three others:
-    half a minute later this machine is another one.
+    The last chunks are taken in turns with those of the first 1,000 steps of other sequences, one
+    of each: a second later this machine is another one.
     """
     model, size = sparse(SAM, 2**30), WINDOW // TRUNCATE
     pass_of(model, TRUNCATE, 1)
@@ -312,8 +312,9 @@ def long() -> dict[str, Any]:
     first, last = [], []
     for _ in range(OTHERS):
         short = Sequence(model)
-        first += [short.microseconds() for _ in range(size)]
-        last += [grown.microseconds() for _ in range(size)]
+        for _ in range(size):
+            first.append(short.microseconds())
+            last.append(grown.microseconds())
     profile = cProfile.Profile()
     for _ in range(size):
         profile.runcall(grown.chunk)
