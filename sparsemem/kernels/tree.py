@@ -3,7 +3,8 @@
 Rows that point the same way lie together in a *list*, lists in a *group*, groups in the root: each
 is a node, which holds directions side by side, with the member that each stands for: a row, or a
 list or a group, by the mean direction of what is in it. A node that is full is split in two; a
-list that few rows are left in is given up, its rows go to others. So entering or moving a row
+list that few rows are left in is given up, its rows go to others; rows of a list that was split
+move to lists that are nearer by now. So entering or moving a row
 takes the same time however many there are, and nothing is ever built anew. (Split, give up,
 reassign: as SPFresh, Xu et al. 2023, arXiv 2410.14452, but in memory and at once.)
 
@@ -147,7 +148,7 @@ def give_up(level, node):
 
 @part
 def split(level, node, above):
-    """Move a part of a node's members to a new one, which the node above gets. That one."""
+    """Move a part of a node's members to a new one, which the node above gets. Both of these."""
     count, code = level.counts[node], code_of(level)
     sides, means = np.empty(count, np.int64), np.empty((2, len(code)))
     divide(level.codes[node], sides, means)
@@ -164,7 +165,7 @@ def split(level, node, above):
     assign(code_at(above.codes[parent], place), code)
     encode(means[1], 1 / LENGTH, LENGTH, code)
     append(above, parent, new, code)
-    return parent
+    return new, parent
 
 
 @part
@@ -179,12 +180,31 @@ def home(tree, code):
 
 @part
 def add(tree, node, row, code):
-    """Add a row to a list; split what is full then."""
+    """Add a row to a list; split what is full then. The list that is new, or NONE."""
     append(tree.rows, node, row, code)
-    if tree.rows.counts[node] == tree.rows.members.shape[1]:
-        group = split(tree.rows, node, tree.lists)
-        if tree.lists.counts[group] == tree.lists.members.shape[1]:
-            split(tree.lists, group, tree.groups)
+    if tree.rows.counts[node] < tree.rows.members.shape[1]:
+        return NONE
+    new, group = split(tree.rows, node, tree.lists)
+    if tree.lists.counts[group] == tree.lists.members.shape[1]:
+        split(tree.lists, group, tree.groups)
+    return new
+
+
+@part
+def settle(tree, node, code):
+    """Move rows of a list that was split to lists that are nearer by now. Not to those that are as
+    full as a split leaves a list at most: they would be split too soon. `code` is overwritten.
+    """
+    size = tree.rows.members.shape[1]
+    full = size - size // PART
+    for place in range(tree.rows.counts[node] - 1, -1, -1):  # what takes a place has been looked at
+        assign(code, code_at(tree.rows.codes[node], place))
+        chosen = home(tree, code)
+        few = tree.rows.counts[node] <= size // FEW
+        if chosen != node and tree.rows.counts[chosen] < full and not few:
+            row = tree.rows.members[node, place]
+            take_out(tree.rows, row)
+            append(tree.rows, chosen, row, code)
 
 
 @part
@@ -221,7 +241,9 @@ def is_near(codes, place, code):
 
 @part
 def put(tree, row, code):
-    """Enter a row by its code, or tell where one that is in the tree points now."""
+    """Enter a row by its code, or tell where one that is in the tree points now. `code` is
+    overwritten.
+    """
     if tree.groups.counts[0] == 0:
         group, chosen = new_node(tree.lists), new_node(tree.rows)
         append(tree.groups, 0, group, code)
@@ -236,7 +258,10 @@ def put(tree, row, code):
         return
     if place != NONE:
         left = take_out(tree.rows, row)
-    add(tree, chosen, row, code)
+    new = add(tree, chosen, row, code)
+    if new != NONE:
+        settle(tree, chosen, code)
+        settle(tree, new, code)
     if left != NONE and tree.rows.counts[left] < size // FEW:
         scatter(tree, left)
 

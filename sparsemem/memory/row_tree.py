@@ -17,7 +17,7 @@ PART, FEW = 4, 16  # of a node: what a part of it has at least; with less a list
 LANES = 64  # as in sparsemem/kernels/lanes.py
 NODE_SIZE = 256  # members
 PROBED_GROUPS = 8
-PROBED_LISTS = 36
+PROBED_LISTS = 20
 SPARE_CANDIDATES = 60  # more than k are proposed, where so many seem to be nearly as good
 ENTERED_AT_ONCE = 4_096
 

@@ -65,7 +65,11 @@ def level_of(random, width, spread):
     return tree.Level(np.ascontiguousarray(blocks), members, counts, places, state), rounded
 
 
-@given(SEEDS, st.sampled_from([0.0, 0.03, 0.1, 0.3, 3.0]), st.sampled_from([(1, 1), (4, 4), (2, 20), (2, 60)]))
+@given(
+    SEEDS,
+    st.sampled_from([0.0, 0.03, 0.1, 0.3, 3.0]),
+    st.sampled_from([(1, 1), (4, 4), (2, 20), (2, 60)]),
+)
 @settings(max_examples=200, deadline=None)
 def test_a_scan_finds_the_nearest_and_what_comes_within_the_margin(seed, spread, sizes):
     random, (kept, room), width = np.random.default_rng(seed), sizes, 6
