@@ -112,6 +112,26 @@ def test_lists_that_lose_their_rows_are_given_up():
     assert (found == torch.arange(600).view(1, 600, 1)).any(-1).float().mean() > 0.9
 
 
+def test_rows_move_to_lists_that_are_nearer_once_theirs_is_split(monkeypatch):
+    """0.86 of them are in the nearest list, 0.79 without that."""
+    monkeypatch.setattr(row_tree, "NODE_SIZE", 64)
+    generator = torch.Generator().manual_seed(0)
+    centres, of_row = torch.randn(400, 8, generator=generator), torch.arange(60_000) % 400
+    rows = centres[of_row] + 0.3 * torch.randn(60_000, 8, generator=generator)
+    rows = rows.view(3, 20_000, 8)
+    norms = 1 / rows.norm(dim=-1)
+    trees = RowTrees(3, 8, 1)
+    trees.absorb(torch.full((3,), 20_000), rows, norms)
+    check(trees)
+    for b in range(3):
+        lists = trees.tables.row_places[b, :20_000] // 64
+        used = lists.unique()
+        places = trees.tables.list_places[b, used]
+        codes = trees.tables.list_codes[b, places // 64, 0, :, places % 64].float()
+        nearest = used[(rows[b] * norms[b].unsqueeze(1) @ codes.T).argmax(1)]
+        assert (nearest == lists).float().mean() > 0.83
+
+
 def write_random(episode, generator, step, width=8):
     """A fresh slot, and two old ones (entered or not) changed."""
     batch = episode.batch_size
