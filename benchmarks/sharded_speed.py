@@ -2,10 +2,10 @@
 
 A training step (read, backward, row Adam) on 1M x 64 clustered rows, 256 queries, top 8, IVF:
 one process with IVF4096, and S Ray actors on the same cores with IVF(4096 / S) each, or, "fine",
-with IVF4096 each. Writes
-sharded_speed.json: times of a step, processor time of all processes together (which a busy machine
-does not stretch), bytes on the wire against `wire_bytes`, and a model of the time over shards; and
-draws that to 64 nodes and 10^9 rows in docs/sharded.png.
+with IVF4096 each. Writes sharded_speed.json: times of a step, processor time of all processes
+together and of the caller (which a busy machine does not stretch), bytes on the wire against
+`wire_bytes`, and a model of the time over shards; and draws
+that to 64 nodes and 10^9 rows in docs/sharded.png.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ def training_step(bank: Bank, optimiser: RowAdam, queries: Tensor) -> Tensor:
     return hit.ids
 
 
-def processor_seconds(processes: Sequence[int]) -> float:
-    """Seconds that processes have computed so far, all of their threads."""
+def processor_seconds(processes: Sequence[int]) -> np.ndarray:
+    """Seconds that each process has computed so far, all of its threads."""
     fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in processes]
-    return sum(int(field[11]) + int(field[12]) for field in fields) / TICK
+    return np.array([int(field[11]) + int(field[12]) for field in fields]) / TICK
 
 
 def measured(
     bank: Bank, rows: Tensor, processes: Sequence[int], steps: int, is_ready: Callable[[], bool]
 ) -> dict[str, Any]:
-    """Fill a bank, wait for its lists, and time steps."""
+    """Fill a bank, wait for its lists, and time steps. The first of the processes is this one."""
     generator, start = torch.Generator().manual_seed(SEED), time.perf_counter()
     bank.write(torch.arange(len(rows)), rows)
     while not is_ready():
@@ -101,7 +101,8 @@ def measured(
         "step_milliseconds": statistics.median(times) * 1e3,
         "fastest_step_milliseconds": min(times) * 1e3,
         "read_milliseconds": statistics.median(reads) * 1e3,
-        "processor_milliseconds_a_step": computed / steps * 1e3,
+        "processor_milliseconds_a_step": float(computed.sum()) / steps * 1e3,
+        "caller_milliseconds_a_step": float(computed[0]) / steps * 1e3,
         "distinct_rows": statistics.mean(distinct),
     }
 
@@ -208,29 +209,35 @@ def nonnegative(columns: Any, values: Any) -> list[float]:
 class Model:
     """Seconds of a step over S shards of N / S rows each, a node each, fitted to measurements.
 
-    own + shards' + wire: `own` is the caller's work that does not depend on S; `call` its work for
-    each shard; `search` that of a shard, which all do at once: lists and centroids that a query
-    looks at grow with the square root of its rows.
+    caller's + shard's + wire: `own` is the caller's work that does not depend on S; `call` its
+    work for each shard; `request` that of a shard whatever it holds, and `search` what depends on
+    its rows, which all shards do at once: lists and centroids that a query looks at grow with the
+    square root of them.
     """
 
     def __init__(self, results: dict[str, Any]) -> None:
         names = {1: "1", 2: "2 fine", 4: "4 fine"}  # as many lists in each shard
-        work = [results[name]["processor_milliseconds_a_step"] / 1e3 for name in names.values()]
-        # Processor time of all: own + S call + S search(N / S), with search = c sqrt(N / S).
-        columns = [[1, count, count * (ROWS / count) ** 0.5] for count in names]
-        self.own, self.call, self.search = nonnegative(np.array(columns), np.array(work))
+        counts, found = np.array(list(names)), [results[name] for name in names.values()]
+        caller = np.array([one["caller_milliseconds_a_step"] for one in found]) / 1e3
+        work = np.array([one["processor_milliseconds_a_step"] for one in found]) / 1e3
+        ones = np.ones_like(counts)
+        self.own, self.call = nonnegative(np.stack([ones, counts], 1), caller)
+        of_rows = np.stack([ones, (ROWS / counts) ** 0.5], 1)
+        self.request, self.search = nonnegative(of_rows, (work - caller) / counts)
 
     def seconds(self, num_shards: int, rows: float, is_remote: bool = True) -> float:
         """Of a step: every shard has a node, of as many rows."""
         step = wire_bytes(num_shards, QUERIES, TOP_K, WIDTH)
         wire = (step.sent + step.received) / BANDWIDTH + 2 * LATENCY if is_remote else 0.0
-        return self.own + num_shards * self.call + self.search * (rows / num_shards) ** 0.5 + wire
+        shard = self.request + self.search * (rows / num_shards) ** 0.5
+        return self.own + num_shards * self.call + shard + wire
 
     def coefficients(self) -> dict[str, float]:
         """In milliseconds."""
         return {
             "own": self.own * 1e3,
             "call": self.call * 1e3,
+            "request": self.request * 1e3,
             "search_of_1M_rows": self.search * ROWS**0.5 * 1e3,
         }
 
