@@ -34,7 +34,7 @@ def encode(row, scale, length, code):
 def query_length(width):
     """How long the code of a query may be."""
     rounding = np.sqrt(width) / 2  # which may make a code longer
-    return min(LONGEST, np.floor(LARGEST / (LENGTH + rounding) - rounding))
+    return max(1.0, min(LONGEST, np.floor(LARGEST / (LENGTH + rounding) - rounding)))
 
 
 @part

@@ -1,7 +1,8 @@
 """Products and comparisons of many codes at once, on vectors; compiled.
 
 Written for LLVM directly: a loop over LANES codes, however it is put, reads and writes its sums
-again and again, and takes twice as long. Addresses are whole numbers.
+again and again, and takes twice as long. Addresses are whole numbers; behind each there have to be
+LANES numbers, and widths are 1 at least.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"

@@ -3,10 +3,10 @@
 Rows that point the same way lie together in a *list*, lists in a *group*, groups in the root: each
 is a node, which holds directions side by side, with the member that each stands for: a row, or a
 list or a group, by the mean direction of what is in it. A node that is full is split in two; a
-list that few rows are left in is given up, its rows go to others; rows of a list that was split
-move to lists that are nearer by now. So entering or moving a row
-takes the same time however many there are, and nothing is ever built anew. (Split, give up,
-reassign: as SPFresh, Xu et al. 2023, arXiv 2410.14452, but in memory and at once.)
+list that few rows are left in is given up, its rows go to others; rows of a list that a row split
+move to lists that are nearer by now. So entering or moving a row takes the same time however many
+there are, and nothing is ever built anew. (Split, give up, reassign: as SPFresh, Xu et al. 2023,
+arXiv 2410.14452, but in memory and at once.)
 
 Directions are codes (codes.py). Their products are off by MARGIN at most, nearly always: rows that
 come as near to the k-th best are proposed, and scored from the rows by the caller. `codes` of a
@@ -198,10 +198,11 @@ def settle(tree, node, code):
     size = tree.rows.members.shape[1]
     full = size - size // PART
     for place in range(tree.rows.counts[node] - 1, -1, -1):  # what takes a place has been looked at
+        if tree.rows.counts[node] <= size // FEW:
+            break
         assign(code, code_at(tree.rows.codes[node], place))
         chosen = home(tree, code)
-        few = tree.rows.counts[node] <= size // FEW
-        if chosen != node and tree.rows.counts[chosen] < full and not few:
+        if chosen != node and tree.rows.counts[chosen] < full:
             row = tree.rows.members[node, place]
             take_out(tree.rows, row)
             append(tree.rows, chosen, row, code)
@@ -209,7 +210,9 @@ def settle(tree, node, code):
 
 @part
 def scatter(tree, node):
-    """Give up a list and add its rows to others, if there are others."""
+    """Give up a list and add its rows to others, if there are others. These are split, but not
+    settled: a row that moves should not move hundreds.
+    """
     group = tree.lists.places[node] // tree.lists.members.shape[1]
     if tree.lists.counts[group] == 1:
         if tree.groups.counts[0] == 1:
@@ -281,11 +284,15 @@ def update(tree, ids, touched, rows, norms, code):
 
 @part
 def has_room(tree, entering, moving):
-    """Whether there are nodes enough to enter so many rows, and to move so many."""
-    size = tree.rows.members.shape[1]
-    lists = len(tree.rows.counts) - tree.rows.state[0]
-    groups = len(tree.lists.counts) - tree.lists.state[0]
-    return min(lists, groups) >= 2 + PART * entering // size + moving * (1 + size // FEW)
+    """Whether there are nodes enough to enter so many rows, and to move so many.
+
+    An entered row splits one list at most. One that was split takes S / PART rows until it is
+    again; each that is there may take fewer, once.
+    """
+    size, used = tree.rows.members.shape[1], tree.rows.state[0]
+    lists, groups = len(tree.rows.counts) - used, len(tree.lists.counts) - tree.lists.state[0]
+    splits = min(entering, used + PART * entering // size) + moving * (1 + size // FEW)
+    return min(lists, groups) >= 2 + splits
 
 
 @part

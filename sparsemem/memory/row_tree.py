@@ -108,8 +108,9 @@ class RowTrees:
         """Make room to enter so many of `capacity` rows, and to move so many."""
         old = self.tables
         batch, width, rows, size, lists, groups = old.sizes
-        needed = 2 + PART * entering // size + moving * (1 + size // FEW)
         used = [int(state[:, 0].max()) for state in (old.row_state, old.list_state)]
+        splits = min(entering, used[0] + PART * entering // size) + moving * (1 + size // FEW)
+        needed = 2 + splits  # as has_room in sparsemem/kernels/tree.py
         if rows >= capacity and used[0] + needed <= lists and used[1] + needed <= groups:
             return
         rows = max(rows, capacity)
