@@ -99,10 +99,16 @@ class PlannedRun(NamedTuple):
             "measured_rss_bytes": float(grown),
             "predicted_step_seconds": statistics.median(predicted),
             "measured_step_seconds": statistics.median(trained),
+            "turns_within_factor_1.5": sum(within(ratio) for ratio in turns),
             "least_time_ratio_of_a_turn": min(turns),
             "largest_time_ratio_of_a_turn": max(turns),
         }
         return Made(figures, {})
+
+
+def within(ratio: float) -> bool:
+    """Whether a time was predicted well."""
+    return 1 / TIME_TARGET <= ratio <= TIME_TARGET
 
 
 def mean_step(trainer: Trainer, most: int = MOST_STEPS) -> float:
@@ -130,7 +136,7 @@ def measured(seed: int) -> dict[str, Any]:
         "memory_ratio": memory,
         "time_ratio": step,
         "memory_within": abs(memory - 1) <= MEMORY_TARGET,
-        "time_within": 1 / TIME_TARGET <= step <= TIME_TARGET,
+        "time_within": within(step),
     }
 
 
@@ -153,6 +159,8 @@ def main(
         "time: mean training step (medians of turns)",
         "memory_within_20_percent": sum(each["memory_within"] for each in found),
         "time_within_factor_1.5": sum(each["time_within"] for each in found),
+        "single_turns_within_factor_1.5": sum(each["turns_within_factor_1.5"] for each in found),
+        "turns": TURNS * len(found),
         "configs": found,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")
