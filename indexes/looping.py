@@ -1,6 +1,6 @@
 """How functions are compiled, and what is kept of them on disk. Importing this imports Numba."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 from __future__ import annotations
 
 import inspect

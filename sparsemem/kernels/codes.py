@@ -5,7 +5,7 @@ block run on vectors of 16 bits, and read a quarter of what floats would take, l
 memory.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 from __future__ import annotations
 
 import numpy as np

@@ -3,7 +3,7 @@
 A level and its nodes are those of tree.py.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 from __future__ import annotations
 
 import numpy as np
@@ -68,8 +68,8 @@ def collect(best, least, scores, level, nodes):
 @part
 def large(scores, count, least):
     """Which of the first `count` of LANES scores are at least so much: a bit for each."""
-    bits = at_least(scores.ctypes.data, least)
-    return bits & ((1 << count) - 1) if count < LANES else bits
+    known = (1 << count) - 1 if count < LANES else -1
+    return at_least(scores.ctypes.data, least) & known
 
 
 @part
