@@ -1,10 +1,10 @@
-"""How near `sparsemem plan` is: python benchmarks/plan_accuracy.py (10 minutes).
+"""How near `sparsemem plan` is: python benchmarks/plan_accuracy.py (5 minutes).
 
 Configs drawn at random, each in a process of its own: what is predicted, then what training takes.
 Memory: tensors alive at the peak of training steps at the longest sequences, parameters and
 optimiser included, as torch's profiler counts them at the allocator; and how much resident memory
 grew, beside. Time: the mean of training steps of the run; planned and trained in turns, medians,
-as a shared machine may run at half its speed for a second or two. Writes plan_accuracy.json.
+as a shared machine may run at two thirds of its speed for a second. Writes plan_accuracy.json.
 """
 
 from __future__ import annotations

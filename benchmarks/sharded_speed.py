@@ -4,8 +4,8 @@ A training step (read, backward, row Adam) on 1M x 64 clustered rows, 256 querie
 one process with IVF4096, and S Ray actors on the same cores with IVF(4096 / S) each, or, "fine",
 with IVF4096 each. Writes sharded_speed.json: times of a step, processor time of all processes
 together and of the caller (which a busy machine does not stretch), bytes on the wire against
-`wire_bytes`, and a model of the time over shards; and draws
-that to 64 nodes and 10^9 rows in docs/sharded.png.
+`wire_bytes`, and a model of the time over shards; and draws that to 64 nodes and 10^9 rows in
+docs/sharded.png.
 """
 
 from __future__ import annotations

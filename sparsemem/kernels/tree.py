@@ -3,10 +3,10 @@
 Rows that point the same way lie together in a *list*, lists in a *group*, groups in the root: each
 is a node, which holds directions side by side, with the member that each stands for: a row, or a
 list or a group, by the mean direction of what is in it. A node that is full is split in two; a
-list that few rows are left in is given up, its rows go to others; rows of a list that a row split
-move to lists that are nearer by now. So entering or moving a row takes the same time however many
-there are, and nothing is ever built anew. (Split, give up, reassign: as SPFresh, Xu et al. 2023,
-arXiv 2410.14452, but in memory and at once.)
+list that few rows are left in is given up, its rows go to others; rows of a list that a new row
+splits move to lists that are nearer by now. So entering or moving a row takes the same time
+however many there are, and nothing is ever built anew. (Split, give up, reassign: as SPFresh, Xu
+et al. 2023, arXiv 2410.14452, but in memory and at once.)
 
 Directions are codes (codes.py). Their products are off by MARGIN at most, nearly always: rows that
 come as near to the k-th best are proposed, and scored from the rows by the caller. `codes` of a
@@ -211,7 +211,7 @@ def settle(tree, node, code):
 @part
 def scatter(tree, node):
     """Give up a list and add its rows to others, if there are others. These are split, but not
-    settled: a row that moves should not move hundreds.
+    settled, as in `put`.
     """
     group = tree.lists.places[node] // tree.lists.members.shape[1]
     if tree.lists.counts[group] == 1:
@@ -262,7 +262,7 @@ def put(tree, row, code):
     if place != NONE:
         left = take_out(tree.rows, row)
     new = add(tree, chosen, row, code)
-    if new != NONE:
+    if new != NONE and left == NONE:  # a row that only moves should not move hundreds
         settle(tree, chosen, code)
         settle(tree, new, code)
     if left != NONE and tree.rows.counts[left] < size // FEW:

@@ -110,9 +110,8 @@ def test_lists_that_lose_their_rows_are_given_up():
     assert used[-1] <= 600  # a row at least in each
     found = trees.proposed(unit(rows), 1)
     itself = (found == torch.arange(600).view(1, 600, 1)).any(-1).float()
+    assert itself[0, :100].mean() > 0.9  # they moved first: among lists of where rows had been
     assert itself.mean() > 0.97
-    # Those that moved first did so among lists of where the rows had been before.
-    assert itself[0, :100].mean() > 0.85
 
 
 def test_rows_move_to_lists_that_are_nearer_once_theirs_is_split(monkeypatch):
