@@ -30,6 +30,8 @@ class Index(ABC):
     updated is found by the next search, and one that was removed never again.
     """
 
+    takes_repeats = False  # `changed` may be told of rows repeatedly, and of some that are not live
+
     def __init__(self, table: RowTable, metric: Metric) -> None:
         self.table = table
         self.metric = metric

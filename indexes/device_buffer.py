@@ -6,12 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import MISSING
+from sparsemem.indexes.base import MISSING, Found
+from sparsemem.indexes.device_ranking import Entries, current_entries
+from sparsemem.indexes.device_scan import MOST_K, device_scan
 from sparsemem.indexes.exact import SPARE, likely_bounds
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 
-FIRST_CAPACITY = 1_024
+FIRST_CAPACITY = 16_384  # a log that is full is tidied, which waits for the device
 SCANNED_NUMBERS = 2**25  # bounds taken at once
 
 
@@ -36,7 +38,7 @@ class DeviceBuffer:
         self.version = 0  # of the entries' order
         # By row: one more than the place of its latest entry; 0: it has none.
         self.place = torch.zeros(table.num_rows, dtype=torch.int32, device=device)
-        self._ids = torch.empty(FIRST_CAPACITY, dtype=torch.int64, device=device)
+        self.ids = torch.empty(FIRST_CAPACITY, dtype=torch.int64, device=device)
         self._rows = torch.empty(FIRST_CAPACITY, table.width, dtype=table.dtype, device=device)
 
     @property
@@ -51,11 +53,11 @@ class DeviceBuffer:
     def mark(self, ids: Int[Tensor, " n"]) -> None:
         """Rows have changed. (Those that are not live are passed over.)"""
         end = self.count + len(ids)
-        if end > len(self._ids):
+        if end > len(self.ids):
             self.tidy()
             self._reserve(self.count + len(ids))
             end = self.count + len(ids)
-        self._ids[self.count : end] = ids
+        self.ids[self.count : end] = ids
         self._rows[self.count : end] = self.table.take(ids)
         latest = torch.arange(self.count + 1, end + 1, dtype=torch.int32, device=ids.device)
         self.place.scatter_reduce_(0, ids, latest, "amax")  # of a row told twice, the last
@@ -79,7 +81,7 @@ class DeviceBuffer:
 
     def longest(self, count: int) -> Int[Tensor, " n"]:
         """The ids of the `count` rows that have waited longest, or of all; of a tidy buffer."""
-        return self._ids[self.strays : self.count][:count].clone()
+        return self.ids[self.strays : self.count][:count].clone()
 
     def unchanged(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Which of the `longest` are as they were, if the `version` still is the same."""
@@ -113,36 +115,45 @@ class DeviceBuffer:
             bounds.masked_fill_(~certain, torch.inf).masked_fill_(~latest, -torch.inf)
             tops.append(bounds.topk(min(k + SPARE, self.count), 1))
         bounds, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
-        ids = self._ids[places].masked_fill(bounds == -torch.inf, MISSING)
+        ids = self.ids[places].masked_fill(bounds == -torch.inf, MISSING)
         beyond = bounds[:, -1]
         return ids, beyond if bounds.shape[1] < self.count else torch.full_like(beyond, -torch.inf)
 
+    def nearest(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
+        """As `best`, exactly, by kernels: scores and places of entries; and some beyond k."""
+        if not self.count:
+            scores = queries.new_empty(len(queries), 0)
+            return Found(scores, torch.empty(scores.shape, dtype=torch.int64, device=scores.device))
+        current = current_entries(self.ids, self.place, self.table.live, self.count)
+        entries = Entries(self._rows, current, self.count)
+        return device_scan(entries, metric, queries, min(k + SPARE, MOST_K))
+
     def num_bytes(self) -> int:
         """Memory of the entries and of the places."""
-        return int(self._rows.nbytes + self._ids.nbytes + self.place.nbytes)
+        return int(self._rows.nbytes + self.ids.nbytes + self.place.nbytes)
 
     def _latest(self, count: int) -> Bool[Tensor, " n"]:
         """Which of the first entries are the latest of a live row."""
-        ids = self._ids[:count]
+        ids = self.ids[:count]
         places = torch.arange(1, count + 1, dtype=torch.int32, device=ids.device)
         return (self.place[ids] == places) & self.table.is_live(ids)
 
     def _keep(self, order: Int[Tensor, " n"], strays: int) -> None:
         """Keep these entries, in this order."""
-        ids, rows = self._ids[order], self._rows[order]  # nothing has changed if there is no room
+        ids, rows = self.ids[order], self._rows[order]  # nothing has changed if there is no room
         places = torch.arange(1, len(ids) + 1, dtype=torch.int32, device=ids.device)
-        self.place.index_fill_(0, self._ids[: self.count], 0)
+        self.place.index_fill_(0, self.ids[: self.count], 0)
         self.place.index_copy_(0, ids, places)
-        self._ids[: len(ids)], self._rows[: len(ids)] = ids, rows
+        self.ids[: len(ids)], self._rows[: len(ids)] = ids, rows
         self.count = self.settled = len(ids)
         self.strays = strays
         self.version += 1
 
     def _reserve(self, count: int) -> None:
         """Room for so many entries and as many more, so that it is seldom asked for."""
-        if 2 * count <= len(self._ids):
+        if 2 * count <= len(self.ids):
             return
-        ids = self._ids.new_empty(2 * count)
+        ids = self.ids.new_empty(2 * count)
         rows = self._rows.new_empty(2 * count, self.table.width)
-        ids[: self.count], rows[: self.count] = self._ids[: self.count], self._rows[: self.count]
-        self._ids, self._rows = ids, rows
+        ids[: self.count], rows[: self.count] = self.ids[: self.count], self._rows[: self.count]
+        self.ids, self._rows = ids, rows

@@ -28,6 +28,13 @@ from sparsemem.indexes.derivation import (
 )
 from sparsemem.indexes.device_buffer import DeviceBuffer
 from sparsemem.indexes.device_faiss import MOST, Engine
+from sparsemem.indexes.device_ranking import (
+    Known,
+    Proposals,
+    comparable_queries,
+    rank,
+    ranks,
+)
 from sparsemem.indexes.kinds import comparable
 from sparsemem.indexes.lists import LEAST, MEASURED, QUARTILES, SPANS
 from sparsemem.indexes.metrics import Metric
@@ -226,29 +233,6 @@ class DeviceDerived(Derivation):
         self.buffer.rest(ids[same & ~near])
 
     @in_order
-    def candidates(
-        self, queries: Float[Tensor, "Q W"], k: int, setting: Setting | None = None
-    ) -> tuple[Int[Tensor, "Q C"], Float[Tensor, " Q"]]:
-        """Ids of valid entries, -1 elsewhere; and a bound of what better ones may be worth.
-
-        The bound is that of the worst proposal where so many were stale that k valid ones did not
-        turn up among them, or else there is none.
-        """
-        effort, oversample = setting or self.setting
-        live, least = self.table.num_live, min(k, self.table.num_live)
-        wanted = (k + SPARE) * oversample * max(self.entries, live) // max(live, 1)
-        wanted = min(wanted, self.entries, MOST)
-        scores, labels = self.engine.search(comparable(queries, self.metric), wanted, effort)
-        ids = self.row_of[labels.clamp(min=0)]
-        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.buffer.holds(ids)
-        valid &= self.table.live[ids]
-        hidden = (valid.sum(1) < least) & (labels[:, -1] >= 0)
-        if wanted == self.entries:
-            hidden = torch.zeros_like(hidden)
-        bound = scores[:, -1].to(queries.dtype) * self.metric.sign
-        return ids.masked_fill(~valid, MISSING), bound.masked_fill(~hidden, -torch.inf)
-
-    @in_order
     def found(
         self, queries: Float[Tensor, "Q W"], k: int, setting: Setting | None = None
     ) -> tuple[Found, Bool[Tensor, " Q"]]:
@@ -256,7 +240,46 @@ class DeviceDerived(Derivation):
 
         And which queries' results may lack something better. Nothing waits for the device.
         """
-        proposed, hidden = self.candidates(queries, k, setting)
+        setting = setting or self.setting
+        if not ranks(self.table, k):
+            vectors = comparable(queries, self.metric)
+            return self._ranked(queries, k, self.proposals(vectors, k, setting))
+        proposals = self.proposals(comparable_queries(queries, self.metric), k, setting)
+        beside = self.buffer.nearest(self.metric, queries, k)
+        known = Known(self.row_of, self.label_of, self.buffer.place, self.buffer.ids)
+        return rank(self.table, self.metric, queries, proposals, beside, known, k)
+
+    def proposals(self, vectors: Float[Tensor, "Q W"], k: int, setting: Setting) -> Proposals:
+        """Labels of entries, some of which may be stale, for comparable queries."""
+        live = self.table.num_live
+        wanted = (k + SPARE) * setting.oversample * max(self.entries, live) // max(live, 1)
+        wanted = min(wanted, self.entries, MOST)
+        found = self.engine.search(vectors, wanted, setting.effort)
+        return Proposals(*found, wanted == self.entries)
+
+    def candidates(
+        self, k: int, proposals: Proposals
+    ) -> tuple[Int[Tensor, "Q C"], Float[Tensor, " Q"]]:
+        """Ids of valid entries, -1 elsewhere; and a bound of what better ones may be worth.
+
+        The bound is that of the worst proposal where so many were stale that k valid ones did not
+        turn up among them, or else there is none.
+        """
+        scores, labels, are_all = proposals
+        ids = self.row_of[labels.clamp(min=0)]
+        valid = (self.label_of[ids] == labels + 1) & (labels >= 0) & ~self.buffer.holds(ids)
+        valid &= self.table.live[ids]
+        bound = scores[:, -1].to(self.table.dtype) * self.metric.sign
+        hidden = (valid.sum(1) < min(k, self.table.num_live)) & (labels[:, -1] >= 0)
+        if are_all:
+            hidden = torch.zeros_like(hidden)
+        return ids.masked_fill(~valid, MISSING), bound.masked_fill(~hidden, -torch.inf)
+
+    def _ranked(
+        self, queries: Float[Tensor, "Q W"], k: int, proposals: Proposals
+    ) -> tuple[Found, Bool[Tensor, " Q"]]:
+        """As `rank`, in torch's operations."""
+        proposed, hidden = self.candidates(k, proposals)
         beside, beyond = self.buffer.best(self.metric, queries, k)
         ids = torch.cat([proposed, beside], 1)
         found = self.scoring.top(queries, ids, k)

@@ -41,6 +41,8 @@ class ExactIndex(Index):
     A row whose score is not a number ranks last, with the worst score.
     """
 
+    takes_repeats = True
+
     def __init__(self, table: RowTable, metric: Metric) -> None:
         super().__init__(table, metric)
         self.scoring = Scoring(table.take, metric)

@@ -151,6 +151,8 @@ class ProductKeyIndex(Index):
     `update` takes rows only as the sub-keys make them, and makes removed ones live again.
     """
 
+    takes_repeats = True
+
     def __init__(self, table: RowTable, metric: Metric) -> None:
         if not isinstance(table, ProductTable):
             raise TypeError(

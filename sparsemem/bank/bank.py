@@ -62,9 +62,9 @@ class MemoryBank(RowStore):
         dtype: of the tables: float32, bfloat16, float16 or float64. Whatever it is, scores and
             gradients are computed in float32 (float64 for float64).
         device: where all of it is, but for the usage clock. On a GPU the host waits once a read
-            (queries are finite), and in the backward pass only where rows that were read went,
-            or were written, since; where fewer than `top_k` rows are live; or for FAISS. Threads
-            are to use it on one stream, as they do unless they choose another.
+            (queries are finite), for FAISS once more, and in the backward pass only where rows
+            that were read went, or were written, since, or fewer than `top_k` rows are live.
+            Threads are to use it on one stream, as they do unless they choose another.
         path: a new folder in which the bank is durable: a write that has returned is there after
             the process is killed. See `save` and `load`.
         sync: wait at each write until it is on the disk: it survives the machine, too.

@@ -59,7 +59,7 @@ def find(bank: MemoryBank, queries: Float[Tensor, "*Q W"], top_k: int) -> Readin
     queries = queries.reshape(-1, bank.width).to(bank.computing_dtype)
     with torch.no_grad():  # as the index's `search`, which would look at the queries again
         found = bank.index._search(queries.detach(), top_k)
-    complete = bank.scans and top_k <= bank.table.num_live
+    complete = top_k <= bank.table.num_live  # then an index finds as many, whatever it is
     bank._accessed(found.ids, complete)
     return Reading(*_scored(bank, queries, found, complete), found.ids, complete)
 

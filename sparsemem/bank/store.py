@@ -31,7 +31,9 @@ class RowStore(BoundTables):
         self._listeners.add(listener)
 
     def changed(self, ids: Int[Tensor, " n"]) -> None:
-        """Be told of distinct rows whose keys were changed in place, under `table.lock.write()`.
+        """Be told of rows whose keys were changed in place, under `table.lock.write()`.
+
+        Of distinct ones, unless `index.takes_repeats`.
 
         Row optimisers call it, and a hook for torch's own; so does whoever changes keys by hand.
         """
@@ -39,7 +41,7 @@ class RowStore(BoundTables):
             if not self._untold:
                 self.note_version()
             live = ids
-            if not (self.scans and is_device(ids)):  # or the index does nothing with them
+            if not (self.index.takes_repeats and is_device(ids)):
                 live = ids[self.book.live.index_select(0, ids)]
             self.index.changed(live)
         if self.journal is not None:

@@ -21,7 +21,7 @@ from sparsemem.bank.usage import Room
 from sparsemem.bank.watching import watch_optimisers
 from sparsemem.checks import check_known, check_size
 from sparsemem.indexes.base import Index
-from sparsemem.indexes.factory import EXACT, PRODUCT_KEY, make_index
+from sparsemem.indexes.factory import PRODUCT_KEY, make_index
 from sparsemem.indexes.locks import ReadWriteLock
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.product_key import ProductTable, num_subkeys
@@ -117,14 +117,6 @@ class BoundTables(nn.Module):
     def has_product_keys(self) -> bool:
         """Whether `keys` are sub-keys [2, S, W/2]; row n is number n // S, then n % S."""
         return self.index_name == PRODUCT_KEY
-
-    @property
-    def scans(self) -> bool:
-        """Whether the index looks at rows and marks as they are: it is told of nothing.
-
-        And misses nothing: it finds k rows where k are live.
-        """
-        return self.index_name in (EXACT, PRODUCT_KEY)
 
     @property
     def computing_dtype(self) -> torch.dtype:

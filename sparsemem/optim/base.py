@@ -212,7 +212,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if change.by_entry and ids is not None:
             stepped = self._step_entries(change, ids, bank)
             if stepped is None:
-                stepped = ids if bank.scans else torch.unique(ids)
+                stepped = ids if bank.index.takes_repeats else torch.unique(ids)
             if len(stepped):
                 tell(change.parameter, stepped)
             return

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsemem import MemoryBank
 from sparsemem.bank.book import COLUMNS
 from sparsemem.devices import is_device
+from sparsemem.indexes.device_faiss import GpuEngine
 from sparsemem.indexes.exact import ExactIndex
 from sparsemem.layers import MemoryLayer
 from sparsemem.optim import RowAdam, clip_grad_norm
+from tests.oracles.device_kind import on_device
 from tests.oracles.row_optimizers import CASES, make
 from tests.oracles.synchronisations import Synchronisations
 
@@ -152,6 +154,32 @@ def test_a_training_step_waits_for_two_checks(triton_device, dtype, metric):
             optimiser.zero_grad()
         counts.append((len(read), len(backward), len(step)))
     assert counts[-1] == (1, 0, 1)
+
+
+def test_behind_faiss_a_training_step_waits_once_more(triton_device):
+    pytest.importorskip("faiss")
+    if triton_device.type == "cuda" and not GpuEngine.there():
+        pytest.skip("needs FAISS GPU")
+    with on_device():
+        options = {"index": "IVF2,Flat", "background": False, "exact_below": 1}
+        bank = filled(triton_device, **options)
+    assert bank.index.current is not None
+    optimiser = RowAdam(bank.parameters(), lr=0.1)
+    queries = torch.randn(5, W).to(triton_device).requires_grad_()
+    counts = []
+    for _ in range(2):
+        with waits_for(bank) as read:
+            hit = bank.read(queries, 4)
+            loss = (hit.values.sum(-1) * hit.scores).sum()
+        with waits_for(bank) as backward:
+            loss.backward()
+        with waits_for(bank) as step:
+            optimiser.step()
+            optimiser.zero_grad()
+        counts.append((len(read), len(backward), len(step)))
+    assert counts[-1] == (2, 0, 1)
+    rows = bank.keys.detach()[:3]
+    assert bank.read(rows, 1).ids.flatten().tolist() == [0, 1, 2]  # found where they went
 
 
 @pytest.mark.parametrize("change", ["removed", "written", "few"])

@@ -75,7 +75,7 @@ def test_against_a_dictionary(steps):
         assert tested.waiting >= len(held) - strays
         assert tested.holds(torch.arange(N)).nonzero().flatten().tolist() == sorted(held)
         places = tested.place[list(held)].long() - 1
-        assert tested._ids[places].tolist() == list(held)
+        assert tested.ids[places].tolist() == list(held)
         assert tested._rows[places, 0].tolist() == [row for _, row in held.values()]
 
 
@@ -92,7 +92,7 @@ def test_rows_that_change_all_the_time_take_no_more_room(device):
     hot = torch.arange(8, device=device)
     for _ in range(200):
         tested.mark(hot)
-    assert len(tested._ids) <= 64
+    assert len(tested.ids) <= 64
     assert tested.counts() == (8, 0)
     assert tested.marked == 1600
 

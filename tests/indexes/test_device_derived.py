@@ -23,6 +23,19 @@ pytestmark = pytest.mark.usefixtures("told", "device_engine")
 NAMES = [LISTS, "IVF16,SQ8", "Flat"]
 
 
+@pytest.fixture(params=["cpu", "kernels", pytest.param("cuda", marks=pytest.mark.gpu)])
+def any_device(request, monkeypatch):
+    """Also the CPU with Triton's kernels, in their interpreter, which is slow."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "kernels":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled here")
+        request.getfixturevalue("_triton")
+        monkeypatch.setenv("SPARSEMEM_KERNELS", "triton")
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
 @pytest.mark.parametrize("name", [*NAMES, "IVF16,SQfp16", "IVF4,PQ4np"])
 def test_everything_is_on_the_device_and_near_the_truth(name, device):
     index = make(device, name, rows=clustered(3000), min_recall=0.9)
@@ -71,55 +84,57 @@ def test_removed_rows_are_not_found_again(name, device):
     assert first(index, rows[10:12]) == [10, 11]
 
 
-def test_where_stale_entries_hide_too_much_a_scan_finds_the_rest(device, monkeypatch):
+def test_where_stale_entries_hide_too_much_a_scan_finds_the_rest(any_device, monkeypatch):
     monkeypatch.setattr("sparsemem.indexes.device_derived.MOST", 64)
     rows = clustered(4000)
-    index = make(device, "Flat", rows=rows, exact_below=1)
+    index = make(any_device, "Flat", rows=rows, exact_below=1)
     index.upkeep._failed_after = 10**9
-    near = index.search(rows[:1].to(device), 1500).ids[0, :1400]
+    near = index.search(rows[:1].to(any_device), 1500).ids[0, :1400]
     scans = index.stats()["scans"]
     index.remove(near)
     assert agreement(index, rows[:1]) == 1.0
     assert index.stats()["scans"] == scans + 1
 
 
-def test_buffered_rows_that_are_better_than_what_is_hidden_need_no_scan(device):
+def test_buffered_rows_that_are_better_than_what_is_hidden_need_no_scan(any_device):
     rows = clustered(2000)
-    index = make(device, "Flat", rows=rows, buffer_rows=1000)
-    hot = index.search(rows[:1].to(device), 200).ids[0]
+    index = make(any_device, "Flat", rows=rows, buffer_rows=1000)
+    hot = index.search(rows[:1].to(any_device), 200).ids[0]
     index.update(hot, index.table.rows[hot])  # their old entries are no longer valid
     assert agreement(index, rows[:1]) == 1.0
     assert index.stats()["scans"] == 0
 
 
-def test_more_than_faiss_can_give_is_scanned(device):
-    index = make(device, rows=clustered(2500))
+def test_more_than_faiss_can_give_is_scanned(any_device):
+    index = make(any_device, rows=clustered(2500))
     assert agreement(index, clustered(2, seed=1), 2300) == 1.0
     assert index.stats()["scans"] == 1
 
 
-def test_a_larger_k_than_there_are_rows(device):
-    index = make(device)
-    found = index.search(clustered(2, seed=1).to(device), N + 3)
-    assert (found.ids[:, :N].sort(1).values == torch.arange(N, device=device)).all()
+def test_a_larger_k_than_there_are_rows(any_device):
+    index = make(any_device)
+    found = index.search(clustered(2, seed=1).to(any_device), N + 3)
+    assert (found.ids[:, :N].sort(1).values == torch.arange(N, device=any_device)).all()
     assert (found.ids[:, N:] == -1).all()
 
 
-def test_stale_entries_call_for_new_lists(device):
-    index = make(device, buffer_rows=10)
+def test_stale_entries_call_for_new_lists(any_device):
+    index = make(any_device, buffer_rows=10)
     for start in range(0, 300, 50):
-        index.update(ids_of(start, start + 50, device), clustered(50, seed=start).to(device))
+        index.update(
+            ids_of(start, start + 50, any_device), clustered(50, seed=start).to(any_device)
+        )
     assert index.stats()["rebuilds"] == 2
     assert index.current.entries < N + 200
     for start in range(0, 300, 50):
         assert first(index, clustered(50, seed=start)) == list(range(start, start + 50))
 
 
-def test_rows_that_change_all_the_time_stay_in_the_buffer(device):
-    index = make(device, buffer_rows=50)
+def test_rows_that_change_all_the_time_stay_in_the_buffer(any_device):
+    index = make(any_device, buffer_rows=50)
     for step in range(60):
-        rows = clustered(10, seed=step).to(device)
-        index.update(ids_of(0, 10, device), rows)
+        rows = clustered(10, seed=step).to(any_device)
+        index.update(ids_of(0, 10, any_device), rows)
     assert index.current.entries == N
     assert index.stats()["buffered"] == 10
     assert first(index, rows) == list(range(10))
@@ -139,16 +154,16 @@ class Interrupted:
         raise MemoryError("no room")
 
 
-def test_a_failing_call_leaves_the_truth_and_gives_no_label_twice(device, told):
-    index = make(device, buffer_rows=10)
-    engine, rows = index.current.engine, clustered()[200:230].to(device)
+def test_a_failing_call_leaves_the_truth_and_gives_no_label_twice(any_device, told):
+    index = make(any_device, buffer_rows=10)
+    engine, rows = index.current.engine, clustered()[200:230].to(any_device)
     engine._index = Interrupted(engine._index)
     with pytest.warns(UserWarning, match=r"upkeep of index 'IVF16,Flat': MemoryError\('no room'\)"):
-        index.update(ids_of(0, 30, device), rows)
+        index.update(ids_of(0, 30, any_device), rows)
     assert index.stats()["buffered"] == 30
     assert first(index, rows) == list(range(30))
     engine._index = engine._index.real
-    index.update(ids_of(0, 5, device), rows[:5])
+    index.update(ids_of(0, 5, any_device), rows[:5])
     assert index.stats()["buffered"] <= 5
     found = index.search(rows, 20).ids
     assert found[:, 0].tolist() == list(range(30))
@@ -182,10 +197,10 @@ def test_changes_during_a_build_are_found_before_and_after_the_swap(device, monk
     index.close()
 
 
-def test_a_batch_that_another_thread_overtook_waits_on(device):
-    index = make(device, buffer_rows=1000)
-    rows = clustered()[100:130].to(device)
-    index.update(ids_of(0, 30, device), rows)
+def test_a_batch_that_another_thread_overtook_waits_on(any_device):
+    index = make(any_device, buffer_rows=1000)
+    rows = clustered()[100:130].to(any_device)
+    index.update(ids_of(0, 30, any_device), rows)
     current = index.current
     prepared = current.prepare(current.begin(20))
     current.absorb(10)
@@ -232,8 +247,8 @@ def test_runs_are_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_are_scored_as_they_are(dtype, device):
-    index = make(device, rows=clustered().to(dtype))
+def test_rows_are_scored_as_they_are(dtype, any_device):
+    index = make(any_device, rows=clustered().to(dtype))
     queries = index.table.rows[:3].to(index.table.dtype)
     found = index.search(queries, K)
     assert found.scores.dtype == index.table.dtype
@@ -289,13 +304,17 @@ def nothing_waits(device):
     assert waits.found == []
 
 
-def test_what_a_search_and_a_change_wait_for(device):
-    index = make(device, buffer_rows=500)
-    index.update(ids_of(0, 20, device), clustered(20, seed=1).to(device))
-    current, queries, ids = index.current, clustered(30, seed=2).to(device), ids_of(0, 20, device)
-    with nothing_waits(device):
+def test_what_a_search_and_a_change_wait_for(any_device):
+    index = make(any_device, buffer_rows=500)
+    index.update(ids_of(0, 20, any_device), clustered(20, seed=1).to(any_device))
+    current, queries, ids = (
+        index.current,
+        clustered(30, seed=2).to(any_device),
+        ids_of(0, 20, any_device),
+    )
+    with nothing_waits(any_device):
         current.found(queries, K)
-    with nothing_waits(device):
+    with nothing_waits(any_device):
         index.changed(ids)
     with Synchronisations() as waits, torch.no_grad():
         index._search(queries, K)
