@@ -64,7 +64,10 @@ class Index(ABC):
 
     @abstractmethod
     def changed(self, ids: Int[Tensor, " n"]) -> None:
-        """Be told of distinct live rows that were changed in place, under `lock.write()`."""
+        """Be told of rows that were changed in place, under `lock.write()`.
+
+        They are distinct and live, unless the index `takes_repeats`.
+        """
 
     @abstractmethod
     def removed(self, ids: Int[Tensor, " n"]) -> None:

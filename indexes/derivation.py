@@ -67,11 +67,11 @@ class Derivation(ABC):
         return int(self.buffer.count), int(self.buffer.strays)
 
     def settle(self) -> int:
-        """Enter what was changed since the last call and belongs where its entry is: so many rows.
+        """Of the rows that were told since the last call, those that call for nothing: so many.
 
-        Under the table's write lock.
+        They belong where their entry is, or were told again. Under the table's write lock.
         """
-        return 0  # only `Derived` has rows that stay where they are
+        return 0
 
     def absorb(self, count: int) -> None:
         """Take the `count` rows that were changed longest ago into the index, but for strays."""

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsemem.indexes.base import MISSING, Found
-from sparsemem.indexes.device_ranking import Entries, current_entries
-from sparsemem.indexes.device_scan import MOST_K, device_scan
+from sparsemem.indexes.base import MISSING
+from sparsemem.indexes.device_ranking import BEYOND, Entries, current_entries
+from sparsemem.indexes.device_scan import device_scan
 from sparsemem.indexes.exact import SPARE, likely_bounds
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
@@ -34,12 +34,13 @@ class DeviceBuffer:
         device = table.rows.device
         self.count = self.strays = 0
         self.settled = 0  # rows in it when it was last tidy
+        self._replaced = 0  # entries, since that was last asked for
         self.marked = 0  # rows so far, as often as they changed
         self.version = 0  # of the entries' order
         # By row: one more than the place of its latest entry; 0: it has none.
         self.place = torch.zeros(table.num_rows, dtype=torch.int32, device=device)
         self.ids = torch.empty(FIRST_CAPACITY, dtype=torch.int64, device=device)
-        self._rows = torch.empty(FIRST_CAPACITY, table.width, dtype=table.dtype, device=device)
+        self._rows = table.rows.new_empty(FIRST_CAPACITY, table.width)
 
     @property
     def waiting(self) -> int:
@@ -58,7 +59,7 @@ class DeviceBuffer:
             self._reserve(self.count + len(ids))
             end = self.count + len(ids)
         self.ids[self.count : end] = ids
-        self._rows[self.count : end] = self.table.take(ids)
+        self._rows[self.count : end] = self.table.rows.index_select(0, ids)
         latest = torch.arange(self.count + 1, end + 1, dtype=torch.int32, device=ids.device)
         self.place.scatter_reduce_(0, ids, latest, "amax")  # of a row told twice, the last
         self.count = end
@@ -71,7 +72,16 @@ class DeviceBuffer:
     def tidy(self) -> None:
         """Keep every row's latest entry alone. Waits for the device, twice."""
         kept = self._latest(self.count).nonzero().squeeze(1)
-        self._keep(kept, int((kept < self.strays).sum()))
+        places = torch.arange(1, self.count + 1, dtype=torch.int32, device=kept.device)
+        again = self.place[self.ids[: self.count]] > places
+        strays, replaced = torch.stack([(kept < self.strays).sum(), again.sum()]).tolist()
+        self._keep(kept, strays)
+        self._replaced += replaced
+
+    def take_replaced(self) -> int:
+        """How many entries were found to be replaced by a later one, since the last call."""
+        replaced, self._replaced = self._replaced, 0
+        return replaced
 
     def counts(self) -> tuple[int, int]:
         """Rows that are here, exactly, and how many of them are strays. Waits for the device."""
@@ -108,7 +118,7 @@ class DeviceBuffer:
         if not self.count:
             ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
             return ids, queries.new_full((len(queries),), -torch.inf)
-        latest, rows = self._latest(self.count), self._rows[: self.count]
+        latest, rows = self._latest(self.count), self._rows[: self.count].to(self.table.dtype)
         tops = []
         for some in torch.split(queries, max(1, SCANNED_NUMBERS // self.count)):
             bounds, certain = likely_bounds(metric, some, rows)
@@ -119,14 +129,13 @@ class DeviceBuffer:
         beyond = bounds[:, -1]
         return ids, beyond if bounds.shape[1] < self.count else torch.full_like(beyond, -torch.inf)
 
-    def nearest(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Found:
-        """As `best`, exactly, by kernels: scores and places of entries; and some beyond k."""
+    def nearest(self, metric: Metric, queries: Float[Tensor, "Q W"], k: int) -> Int[Tensor, "Q B"]:
+        """As `best`, by kernels: places of entries, best first, and some beyond k; -1: no more."""
         if not self.count:
-            scores = queries.new_empty(len(queries), 0)
-            return Found(scores, torch.empty(scores.shape, dtype=torch.int64, device=scores.device))
+            return torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         current = current_entries(self.ids, self.place, self.table.live, self.count)
         entries = Entries(self._rows, current, self.count)
-        return device_scan(entries, metric, queries, min(k + SPARE, MOST_K))
+        return device_scan(entries, metric, queries, k + BEYOND).ids
 
     def num_bytes(self) -> int:
         """Memory of the entries and of the places."""

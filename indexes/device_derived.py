@@ -195,6 +195,16 @@ class DeviceDerived(Derivation):
         self.buffer.tidy()
 
     @in_order
+    def settle(self) -> int:
+        """Tidy the buffer, where most of it may be told again by now; how much was, so far.
+
+        To count the rows that are told would make the host wait each time.
+        """
+        if self.buffer.count > 2 * self.buffer.settled:
+            self.buffer.tidy()
+        return self.buffer.take_replaced()
+
+    @in_order
     def buffered(self) -> tuple[int, int]:
         """Rows in the buffer, exactly, and how many of them are strays. Waits for the device."""
         return self.buffer.counts()
@@ -244,10 +254,11 @@ class DeviceDerived(Derivation):
         if not ranks(self.table, k):
             vectors = comparable(queries, self.metric)
             return self._ranked(queries, k, self.proposals(vectors, k, setting))
-        proposals = self.proposals(comparable_queries(queries, self.metric), k, setting)
-        beside = self.buffer.nearest(self.metric, queries, k)
-        known = Known(self.row_of, self.label_of, self.buffer.place, self.buffer.ids)
-        return rank(self.table, self.metric, queries, proposals, beside, known, k)
+        with torch.cuda.device_of(self.table.rows):  # type: ignore[no-untyped-call]
+            proposals = self.proposals(comparable_queries(queries, self.metric), k, setting)
+            beside = self.buffer.nearest(self.metric, queries, k)
+            known = Known(self.row_of, self.label_of, self.buffer.place, self.buffer.ids)
+            return rank(self.table, self.metric, queries, proposals, beside, known, k)
 
     def proposals(self, vectors: Float[Tensor, "Q W"], k: int, setting: Setting) -> Proposals:
         """Labels of entries, some of which may be stale, for comparable queries."""

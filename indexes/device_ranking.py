@@ -22,8 +22,11 @@ from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.triton_switch import use_triton
 
-CHUNK = 64  # proposals ranked at once
+# Proposals ranked at once. Of few, too: else sums over columns are taken in another order than in an
+# exact search, as fewer of the numbers that lie together are a thread's.
+CHUNK = 64
 BLOCK = 256  # entries of a buffer looked at by a program
+BEYOND = 8  # entries of the buffer beyond k that are ranked: what is worth less is known then
 
 
 class Proposals(NamedTuple):
@@ -52,7 +55,7 @@ class Entries(RowTable):
 
 def ranks(table: RowTable, k: int) -> bool:
     """Whether the kernels rank rows of a table."""
-    return use_triton(table.rows) and fits(table, k)
+    return use_triton(table.rows) and fits(table, k + BEYOND)
 
 
 def comparable_queries(queries: Float[Tensor, "Q W"], metric: Metric) -> Float[Tensor, "Q W"]:
@@ -74,31 +77,34 @@ def rank(
     metric: Metric,
     queries: Float[Tensor, "Q W"],
     proposals: Proposals,
-    beside: Found,
+    beside: Int[Tensor, "Q B"],
     known: Known,
     k: int,
 ) -> tuple[Found, Bool[Tensor, " Q"]]:
-    """The k best of what is proposed and of entries of the buffer (`beside`), scored from the rows.
+    """The k best of what is proposed and of entries of the buffer, scored from the rows.
 
     And which queries' results may lack something better: fewer than k live rows were found; or so
     many proposals were stale that what comes after the worst of them may belong here, or what comes
-    after the worst entry of the buffer.
+    after the last entry.
+
+    Args:
+        beside: places in the buffer, best first; -1: no more.
     """
     from sparsemem.indexes import ranking_kernels
 
     scores = queries.new_empty(len(queries), k)
     ids = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
     unsure = torch.empty(len(queries), dtype=torch.bool, device=queries.device)
-    wanted, besides = proposals.labels.shape[1], beside.ids.shape[1]
+    wanted, besides = proposals.labels.shape[1], beside.shape[1]
     shape = shape_of(table.width, pass_of(table, metric, rough=False).product, 16)
     launch(
         ranking_kernels.rank_proposals, (len(queries),),
         table.rows, table.live.view(torch.uint8), queries.contiguous(), proposals.scores,
-        proposals.labels, known.row_of, known.label_of, known.place, known.entries, *beside,
+        proposals.labels, known.row_of, known.label_of, known.place, known.entries, beside,
         scores, ids, unsure.view(torch.uint8), wanted, besides, k, min(k, table.num_live),
         STRIDE=table.rows.stride(0), WIDTH=table.width,
         PART=shape.part, PARTS=-(-table.width // shape.part),
-        CHUNK=min(CHUNK, max(16, power_of_two(wanted + besides))), KEPT=max(16, power_of_two(k)),
+        CHUNK=CHUNK, KEPT=max(16, power_of_two(k)),
         ALL=proposals.are_all, METRIC=str(metric), SIGN=metric.sign, num_warps=4,
     )  # fmt: skip
     return Found(scores, ids), unsure

@@ -58,8 +58,8 @@ def buffered_rows(beside, number, besides, entries):
 
 @kernel(do_not_specialize=["wanted", "besides", "k", "least"])
 def rank_proposals(
-    rows, live, queries, proposed_scores, labels, row_of, label_of, place, entries,
-    beside_scores, beside, scores, ids, unsure, wanted, besides, k, least,
+    rows, live, queries, proposed_scores, labels, row_of, label_of, place, entries, beside,
+    scores, ids, unsure, wanted, besides, k, least,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     CHUNK: tl.constexpr, KEPT: tl.constexpr, ALL: tl.constexpr, METRIC: tl.constexpr,
     SIGN: tl.constexpr,
@@ -68,7 +68,8 @@ def rank_proposals(
 
     It is where fewer than `least` were found, or others may be as good as the last of these:
     entries of the index, which are worth no more than the worst that it proposed, where fewer than
-    `least` of those were valid (`ALL`: there are no others); or rows of the buffer.
+    `least` of those were valid (`ALL`: there are no others); or rows of the buffer, which are worth
+    no more than the last that is given.
     """
     query = tl.program_id(0)
     slot = tl.arange(0, KEPT)
@@ -78,6 +79,7 @@ def rank_proposals(
     kept = tl.where(slot < k, NOTHING + slot.to(tl.int64), MOST)
     worst_kept = tl.min(kept, 0)
     num_valid = least * 0
+    beyond = tl.max(tl.full([KEPT], float("-inf"), tl.float32), 0)
     for start in range(0, wanted + besides, CHUNK):
         number = start + tl.arange(0, CHUNK)
         row, valid = proposed_rows(
@@ -89,7 +91,10 @@ def rank_proposals(
         worth = worths_of_rows(
             rows, row, there, own, length, STRIDE, WIDTH, PART, PARTS, CHUNK, METRIC
         )
-        found = keys_of(tl.where(there, worth, float("-inf")), row)
+        worth = tl.where(there, worth, float("-inf"))
+        is_last = buffered & (number == wanted + besides - 1)
+        beyond = tl.maximum(beyond, tl.max(tl.where(is_last, worth, float("-inf")), 0))
+        found = keys_of(worth, row)
         kept, worst_kept = with_better(kept, worst_kept, found)
     kept = tl.where((slot < k) & (kept > ROWS_FROM), kept, NOTHING)
     last = tl.max(tl.full([KEPT], NOTHING, tl.int64), 0)
@@ -104,8 +109,6 @@ def rank_proposals(
         end = query * wanted + wanted - 1
         hidden = (num_valid < least) & (tl.load(labels + end) >= 0)
         lacks = lacks | (hidden & (tl.load(proposed_scores + end) * SIGN > worth_of(last)))
-    end = query * besides + besides - 1
-    beyond = tl.load(beside_scores + end, mask=besides > 0, other=-SIGN * float("inf")) * SIGN
     lacks = lacks | ((beyond >= worth_of(last)) & (beyond > float("-inf")))
     tl.store(unsure + query, lacks.to(tl.uint8))
 

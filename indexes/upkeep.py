@@ -85,7 +85,8 @@ class Upkeep:
         self._changes += count
         self._changed += count
         index, current = self.index, self.index.current
-        if current is not None and current.buffer.waiting > index.buffer_rows:
+        many = self._absorb_due() or (index.takes_repeats and self._changed_much())
+        if current is not None and many:
             self._guarded("settle", lambda: self._settle_rows(current))
         # Whoever changes rows faster than they are absorbed in the background lends a hand.
         limit = index.buffer_rows * (1 if self._worker is None else LENIENT)
@@ -171,7 +172,7 @@ class Upkeep:
         return current is not None and current.buffer.waiting > self.index.buffer_rows
 
     def _settle_rows(self, current: Derivation) -> None:
-        """Rows that stay where they are call for no check, and for no closer watch."""
+        """What calls for nothing calls for no check, and for no closer watch."""
         settled = current.settle()
         self._changes = max(0, self._changes - settled)
         current.buffer.marked -= settled
@@ -253,8 +254,7 @@ class Upkeep:
         self._imbalance = derived.imbalance()
         if not len(sample.queries):
             return
-        new = self._is_new()
-        self._tuned_k = index.sample.k
+        new, self._tuned_k = self._is_new(), index.sample.k
         truth, setting = self._truth(sample), derived.setting
         reached = self._measured(derived, setting, sample, truth)
         if index.min_recall is not None:

@@ -145,3 +145,18 @@ def test_telling_of_changes_waits_for_nothing():
         tested.drop(some)
         tested.mark(some)
     assert waits.found == []
+
+
+def test_entries_that_later_ones_replaced_are_counted_once():
+    buffer = make()
+    buffer.mark(torch.tensor([1, 2, 1, 3, 1]))
+    buffer.mark(torch.tensor([2, 4]))
+    buffer.drop(torch.tensor([4]))  # has left, and was not told again
+    buffer.tidy()
+    assert buffer.ids[: buffer.count].tolist() == [3, 1, 2]
+    assert buffer.take_replaced() == 3  # twice 1, once 2
+    assert buffer.take_replaced() == 0
+    buffer.mark(torch.tensor([1, 1, 1]))
+    buffer.tidy()
+    assert buffer.ids[: buffer.count].tolist() == [3, 2, 1]
+    assert buffer.take_replaced() == 3

@@ -140,6 +140,26 @@ def test_rows_that_change_all_the_time_stay_in_the_buffer(any_device):
     assert first(index, rows) == list(range(10))
 
 
+def test_rows_that_are_told_again_and_again_call_for_few_checks(device, monkeypatch):
+    monkeypatch.setattr("sparsemem.indexes.upkeep.CHECK_ROWS", 300)
+    index = make(device, rows=clustered(3000), min_recall=0.9)
+    assert index.takes_repeats
+    index.search(clustered(100, seed=1).to(device), K)
+    checks, truth = [], index.upkeep._truth
+    monkeypatch.setattr(index.upkeep, "_truth", lambda some: checks.append(some) or truth(some))
+    index.search(clustered(100, seed=1).to(device), K)
+    told = ids_of(0, 10, device).repeat(20)
+    for _ in range(40):  # 8,000 entries, 400 changes at most
+        with index.table.lock.write():
+            index.changed(told)
+    assert len(checks) <= 1
+    assert index.current.buffer.marked <= 400 + 200
+    assert index.current.buffer.count <= 2 * 200  # and the log is tidied in time
+    with index.table.lock.write():  # while rows that are told once call for as many as ever
+        index.changed(ids_of(0, 1500, device))
+    assert len(checks) == 2
+
+
 class Interrupted:
     """A FAISS index that runs out of memory when half of what it is to add is in."""
 
