@@ -22,8 +22,8 @@ from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
 from sparsemem.indexes.triton_switch import use_triton
 
-# Proposals ranked at once. Of few, too: else sums over columns are taken in another order than in an
-# exact search, as fewer of the numbers that lie together are a thread's.
+# Proposals ranked at once. Of few, too: else sums over columns are taken in another order than in
+# an exact search, as fewer of the numbers that lie together are a thread's.
 CHUNK = 64
 BLOCK = 256  # entries of a buffer looked at by a program
 BEYOND = 8  # entries of the buffer beyond k that are ranked: what is worth less is known then
