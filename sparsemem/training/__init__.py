@@ -1,0 +1,1 @@
+"""Training: configs, runs, checkpoints, plans, over banks and over workers."""
