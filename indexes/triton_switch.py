@@ -38,6 +38,8 @@ def use_triton(tensor: Tensor) -> bool:
         return has_triton()
     if chosen != "triton" or tensor.device.type != "cpu":
         return False
+    if not has_triton():
+        raise RuntimeError(f"{SWITCH} is 'triton', expected Triton to be installed")
     if not interprets():
         raise RuntimeError(
             f"{SWITCH} is 'triton' and a tensor on the CPU, expected Triton's interpreter:"
@@ -49,7 +51,14 @@ def use_triton(tensor: Tensor) -> bool:
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed, of a version that `launching` knows; for NVIDIA's GPUs only."""
-    if find_spec("triton") is None or torch.version.hip is not None:
+    if torch.version.hip is not None:
+        return False
+    if find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed: torch's operations are used in the place of kernels, which"
+            " takes up to ten times as long (on Linux sparsemem[gpu] brings Triton)",
+            stacklevel=3,
+        )
         return False
     import triton
 

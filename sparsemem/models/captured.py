@@ -9,22 +9,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.checks import check_size
-from sparsemem.devices import rehearsal
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.controller import has_global_hooks
+from sparsemem.models.graphs import Graphs, Room, room_on
 from sparsemem.models.precision import is_autocast
 
+MAX_GRAPHS = 16
+IDLE = 256  # sequences after whose last replay a graph gives way to a shape that has none
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,7 +56,7 @@ class CapturedState:
 class Captured(nn.Module):
     """A model that replays whole sequences on a GPU, and else runs as it is; see `captured`."""
 
-    def __init__(self, model: MemoryModel, max_graphs: int = 8) -> None:
+    def __init__(self, model: MemoryModel, max_graphs: int = MAX_GRAPHS) -> None:
         super().__init__()
         if not isinstance(model, MemoryModel):
             raise TypeError(f"model is a {type(model).__name__}, expected a MemoryModel")
@@ -64,6 +64,8 @@ class Captured(nn.Module):
         self.max_graphs = check_size("max_graphs", max_graphs)
         self.failure: str | None = None  # why nothing more is captured
         self.replays = 0
+        self._asked = 0  # sequences that there could be a graph for
+        self._is_told = False  # that there are more shapes than graphs
         self._forget(())
 
     @property
@@ -93,32 +95,58 @@ class Captured(nn.Module):
         if self._is_in_use():
             return None
         key = key_of(self.model, input)
+        self._asked += 1
         if key not in self._graphs:
-            if self.failure is not None or len(self._graphs) == self.max_graphs:
-                return None
-            if key not in self._seen:
+            if self.failure is not None or key not in self._seen:
                 self._seen.add(key)
                 return None
-            self._capture(key, input)
+            self._capture_if_room(key, input)
+        if key in self._graphs:
+            self._last[key] = self._asked
         return self._graphs.get(key)
 
     def _forget(self, places: tuple[tuple[int, int], ...]) -> None:
         """Drop graphs: the parameters are elsewhere now."""
         self._places = places
         self._graphs: dict[Any, Graphs] = {}
+        self._last: dict[Any, int] = {}  # of each graph: the sequence that it was last replayed for
         self._seen: set[Any] = set()
-        self._pool: Any = None  # memory that the graphs share: only one is in use at a time
+        self._room: Room | None = None  # the graphs share it: only one is in use at a time
         self._waiting: weakref.ref[Any] | None = None  # the last replay, until it has gone backward
 
     def _is_in_use(self) -> bool:
         """Whether a replayed sequence waits for its backward pass, which another would spoil."""
         return self._waiting is not None and self._waiting() is not None
 
+    def _capture_if_room(self, key: Any, input: Tensor) -> None:
+        """Capture a shape; where all places are taken, in that of one that does not come any more.
+
+        Shapes that merely take turns do not drive each other out: a capture takes several passes.
+        """
+        oldest = min(self._last, key=self._last.__getitem__, default=None)
+        is_full = len(self._graphs) >= self.max_graphs
+        if is_full and self._asked - self._last[oldest] <= IDLE:
+            self._tell_of_shapes(input)
+            return
+        self._capture(key, input)
+        if is_full and key in self._graphs:  # only now: the memory is there while a graph has it
+            del self._graphs[oldest], self._last[oldest]
+
+    def _tell_of_shapes(self, input: Tensor) -> None:
+        if not self._is_told:
+            self._is_told = True
+            warnings.warn(
+                f"sequences come in more shapes than max_graphs = {self.max_graphs}: those of shape"
+                f" {tuple(input.shape)}, and others, run step by step",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+
     def _capture(self, key: Any, input: Tensor) -> None:
         self.model._check_input(input)
         try:
-            self._pool = self._pool or graph_pool()
-            self._graphs[key] = Graphs(self.model, input, self._pool)
+            self._room = self._room or room_on(input.device)
+            self._graphs[key] = Graphs(self.model, input, self._room)
         except Exception as error:  # whatever the model's parts may raise
             cause = first_of(error)
             self.failure = f"{type(cause).__name__}: {cause}"
@@ -126,7 +154,7 @@ class Captured(nn.Module):
                 f"sequences of shape {tuple(input.shape)} cannot be captured as CUDA graphs, and"
                 f" no others will be; they run step by step: {self.failure}",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _replay(self, graphs: Graphs, input: Tensor) -> tuple[Tensor, CapturedState]:
@@ -176,92 +204,14 @@ class Replay(torch.autograd.Function):
         return None, None, *(None if part is None else part.clone() for part in wanted)
 
 
-class Graphs:
-    """Forward and backward pass of whole sequences of one shape, captured.
-
-    All tensors stay where they are: inputs are copied in, outputs and gradients overwritten. The
-    backward pass goes through the last forward pass, once: it reuses the memory as it goes.
-    """
-
-    def __init__(self, model: MemoryModel, input: Tensor, pool: Any) -> None:
-        self._take(model, input)
-        with torch.cuda.device(input.device), uncached_autocast(), same_stream():
-            self._rehearse()
-            self._capture(pool)
-
-    def _take(self, model: MemoryModel, input: Tensor) -> None:
-        """The model, and what it is to be run on."""
-        self._model = model
-        self._input = leaf_like(input.clone(), input)
-        # Leaves of its own, of the same memory: autograd remembers the stream in which it first
-        # saw a leaf, and has a capture wait for it, which is refused.
-        self._leaves = {name: leaf_like(own, own) for name, own in model.named_parameters()}
-        inputs = (self._input, *self._leaves.values())
-        self._trained = [tensor for tensor in inputs if tensor.requires_grad]
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Output, and slots touched."""
-        with torch.no_grad():
-            self._input.copy_(input)
-        self._forward.replay()
-        return self._output, self._touched
-
-    def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what requires one: the input, the parameters; None where they play no part.
-
-        gradient: of the output.
-        """
-        self._gradient.copy_(gradient)
-        self._backward.replay()
-        return self._gradients
-
-    def _run(self) -> tuple[Tensor, Tensor]:
-        output, state = functional_call(self._model, self._leaves, (self._input,))
-        return output, state.touched
-
-    def _gradients_of(self, output: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(output, self._trained, self._gradient, allow_unused=True)
-
-    def _rehearse(self) -> None:
-        """Have done all that is done at a first time, and refuse what cannot be captured.
-
-        The second time whatever has the host wait raises: in a capture that would raise, too, and
-        leave torch's allocator and random numbers in the middle of it.
-        """
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()), rehearsal():  # type: ignore[no-untyped-call]
-            self._both_ways()
-            with no_waits():
-                self._both_ways()
-        torch.cuda.synchronize()
-
-    def _both_ways(self) -> None:
-        output, _ = self._run()
-        self._gradient = torch.ones_like(output)
-        if output.requires_grad:
-            self._gradients_of(output)
-
-    def _capture(self, pool: Any) -> None:
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # What other threads do meanwhile, a bank's upkeep perhaps, is theirs.
-        mode = {"pool": pool, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._forward, **mode):
-            output, self._touched = self._run()
-        self._gradients: tuple[Tensor | None, ...] = ()
-        if output.requires_grad:
-            with torch.cuda.graph(self._backward, **mode):
-                self._gradients = self._gradients_of(output)
-        self._output = output.detach()
-
-
-def captured(model: MemoryModel, max_graphs: int = 8) -> Captured:
+def captured(model: MemoryModel, max_graphs: int = MAX_GRAPHS) -> Captured:
     """A model whose whole sequences run as CUDA graphs: `output, state = captured(model)(input)`.
 
     The second time that an input of some shape comes without a state, on a GPU, its forward and
     backward passes are captured, and from then on replayed: the same results, without the host's
     time for each kernel. All else runs as `model` does: the CPU, a state that is given, memories
-    over a bank, modules with hooks, shapes beyond the first `max_graphs`, a sequence while another
-    waits for its backward pass. What cannot be captured is said once, in a warning.
+    over a bank, modules with hooks, shapes beyond `max_graphs` that are in use, a sequence while
+    another waits for its backward pass. What cannot be captured is said once, in a warning.
 
     Each way of running has a graph of its own: shape, dtype, training or not, gradients or not,
     autocast, which parameters are trained. Parameters that are moved or replaced are captured
@@ -271,7 +221,8 @@ def captured(model: MemoryModel, max_graphs: int = 8) -> Captured:
 
     Args:
         model: SAM, SDNC, NTM, DNC or any other `MemoryModel`; shared, not copied.
-        max_graphs: shapes captured at most. They share the memory for what a pass keeps.
+        max_graphs: shapes captured at most, beyond which one that has not come for 256 sequences
+            gives way. They share the memory for what a pass keeps.
     """
     return Captured(model, max_graphs)
 
@@ -317,48 +268,6 @@ def first_of(error: BaseException) -> BaseException:
     return error
 
 
-def leaf_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A leaf of autograd's graphs of the same memory, that requires a gradient as `like` does."""
-    return tensor.detach().requires_grad_(like.requires_grad)
-
-
 def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """How often each was changed in place."""
     return tuple(tensor._version for tensor in tensors)
-
-
-def graph_pool() -> Any:
-    """Memory for graphs to share."""
-    return torch.cuda.graph_pool_handle()
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    """What has the host wait for the GPU raises RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def same_stream() -> Iterator[None]:
-    """Afterwards the stream is what it was: a capture that failed leaves its own."""
-    stream = torch.cuda.current_stream()
-    try:
-        yield
-    finally:
-        torch.cuda.set_stream(stream)
-
-
-@contextmanager
-def uncached_autocast() -> Iterator[None]:
-    """Autocast as it is, but casting weights anew: casts made outside are not in a graph."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

@@ -47,6 +47,19 @@ def test_without_triton_there_are_none(cuda, installed, monkeypatch):
     assert use_triton(CPU) is False
 
 
+def test_that_there_is_no_triton_for_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(triton_switch, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"Triton is not installed: .*sparsemem\[gpu\]"):
+        assert not triton_switch.has_triton.__wrapped__()
+
+
+def test_what_is_not_there_cannot_be_asked_for(installed, monkeypatch):
+    monkeypatch.setenv(SWITCH, "triton")
+    installed(False)
+    with pytest.raises(RuntimeError, match="is 'triton', expected Triton to be installed"):
+        use_triton(CPU)
+
+
 def test_on_the_cpu_it_has_to_interpret(installed, monkeypatch):
     monkeypatch.setenv(SWITCH, "triton")
     installed(True, interprets=False)

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 import sparsemem
 from sparsemem import devices
 from sparsemem.models import captured as captured_module
-from sparsemem.models.captured import Graphs
+from sparsemem.models import graphs as graphs_module
+from sparsemem.models.graphs import Graphs, Room, room_on
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ class Torch:
 
     def __init__(self):
         self.calls = []
+        self.recorded = []  # where each graph was
         self.wait_mode = 0
 
     def __getattr__(self, name):
@@ -33,6 +35,17 @@ class Torch:
             self.calls.append(f"end {name}")
 
         return lambda *_, **__: entered()
+
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.recorded.append({"pool": pool, "stream": stream})
+        return self.__getattr__("graph")()
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def Stream(self, device=None):
+        return f"stream of {device}"
 
     def synchronize(self):
         self.calls.append("synchronize")
@@ -56,7 +69,7 @@ class Torch:
 
 def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
     fake = Torch()
-    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
+    monkeypatch.setattr(graphs_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
     seen = []
     forward = type(model).forward
 
@@ -66,11 +79,12 @@ def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
 
     monkeypatch.setattr(type(model), "forward", watched)
     input, other = torch.randn(2, 2, 5, 3)
-    graphs = Graphs(model, input, "pool")
+    graphs = Graphs(model, input, Room("pool", "stream"))
     assert seen == [(True, 0), (True, "error"), (False, 0)]
     rehearsed = ["synchronize", "stream", "waits error", "waits 0", "end stream", "synchronize"]
     recorded = ["graph", "end graph", "graph", "end graph", "stream before", "end device"]
     assert fake.calls == ["device", *rehearsed, *recorded]
+    assert fake.recorded == [{"pool": "pool", "stream": "stream"}] * 2
     expected, _ = model(input)
     output, touched = graphs.forward(other)
     # What was recorded: nothing is run by this replay.
@@ -86,7 +100,7 @@ def test_a_capture_is_rehearsed_and_then_recorded(monkeypatch, model):
 
 def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch, model):
     fake = Torch()
-    monkeypatch.setattr(captured_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
+    monkeypatch.setattr(graphs_module, "torch", SimpleNamespace(**vars(torch) | {"cuda": fake}))
     monkeypatch.setattr(captured_module, "on_gpu", lambda input: True)
 
     def fails(self, input, state=None):
@@ -103,3 +117,9 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(monkeypatch, model):
     assert not devices._rehearsed
     assert fake.wait_mode == 0
     assert fake.calls[-1] == "stream before"
+
+
+def test_graphs_of_a_model_share_memory_and_a_stream_of_its_device(monkeypatch):
+    fake = SimpleNamespace(**vars(torch) | {"cuda": Torch()})
+    monkeypatch.setattr(graphs_module, "torch", fake)
+    assert room_on(torch.device("cuda:1")) == Room("pool", "stream of cuda:1")

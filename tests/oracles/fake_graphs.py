@@ -7,9 +7,10 @@ computed is gone with the next.
 import torch
 
 from sparsemem.models import captured
+from sparsemem.models.graphs import Graphs
 
 
-class FakeGraphs(captured.Graphs):
+class FakeGraphs(Graphs):
     """Runs the model, and lists what was captured."""
 
     captured: list[tuple[int, ...]]
@@ -21,11 +22,11 @@ class FakeGraphs(captured.Graphs):
         """Let captured models take these for graphs, and any input for one on a GPU."""
         cls.captured, cls.replays, cls.error = [], 0, None
         monkeypatch.setattr(captured, "on_gpu", lambda input: True)
-        monkeypatch.setattr(captured, "graph_pool", lambda: "pool")
+        monkeypatch.setattr(captured, "room_on", lambda device: "room")
         monkeypatch.setattr(captured, "Graphs", cls)
         return cls
 
-    def __init__(self, model, input, pool):
+    def __init__(self, model, input, room):
         if FakeGraphs.error is not None:
             raise FakeGraphs.error
         self.captured.append(tuple(input.shape))
