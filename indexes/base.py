@@ -133,13 +133,15 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
         raise TypeError(f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [n]")
     if not len(ids):
         return
-    low, high = int(ids.min()), int(ids.max())
+    ordered = ids.sort().values
+    again = ordered[1:] == ordered[:-1]
+    # At once: a device has the host wait for each look.
+    low, high, repeats = torch.stack([ordered[0], ordered[-1], again.sum()]).tolist()
     if low < 0 or high >= num_rows:
         raise ValueError(f"ids holds {low if low < 0 else high}, expected 0 .. {num_rows - 1}")
-    ordered = ids.sort().values
-    again = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(again):
-        raise ValueError(f"ids holds {int(again[0])} more than once, expected distinct rows")
+    if repeats:
+        first = int(ordered[1:][again][0])
+        raise ValueError(f"ids holds {first} more than once, expected distinct rows")
 
 
 def check_rows(rows: Tensor, count: int, width: int) -> None:
