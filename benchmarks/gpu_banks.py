@@ -14,7 +14,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gpu_common import Figures, Options, Results, copy_bandwidth, measure, options, peak_bytes
+from gpu_common import (
+    CUT_OFF,
+    Figures,
+    Options,
+    Results,
+    copy_bandwidth,
+    measure,
+    options,
+    peak_bytes,
+)
+from gpu_problems import NEEDS_GPU, NO_TIME
 from torch import Tensor
 
 from sparsemem import MemoryBank, RowAdam, RowSGD
@@ -94,7 +104,7 @@ class Measured:
             works[f"64 step {kind.__name__}"] = partial(self.step, kind, self.queries(64))
         for name, work in works.items():
             if results.seconds_left < 3:
-                found[name] = {"skipped": "no time was left"}
+                found[name] = {"skipped": NO_TIME}
                 continue
             try:
                 found[name] = work()
@@ -103,7 +113,7 @@ class Measured:
                     raise
                 found[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             print(name, found[name], flush=True)
-            results.record(self.size.name, found)
+            results.record(self.size.name, found | {"stopped": CUT_OFF})  # until all is there
         found["peak_bytes"] = peak_bytes(self.device)
         return found
 
@@ -124,7 +134,7 @@ class Measured:
     def captured(self, queries: Tensor) -> Figures:
         """The scan alone, launched by the device."""
         if self.device.type != "cuda":
-            return {"skipped": "needs a GPU"}
+            return {"skipped": NEEDS_GPU}
         scan = partial(device_scan, self.bank.index.table, Metric.cosine, queries, TOP_K)
         scan()
         torch.cuda.synchronize()

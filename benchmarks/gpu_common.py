@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_problems import FAISS, NO_TIME
 
 Figures = dict[str, Any]
 BROKEN = 75  # exit status of a process whose device takes nothing more: go on in another one
 FATAL = ("CUDA error", "illegal memory access", "device-side assert", "launch failure")
+CUT_OFF = "the process ended in the middle of it"
 LEAST_SECONDS = 3.0  # left, for a measurement to be begun
 
 
@@ -44,16 +46,16 @@ class Results:
         if name in self.figures:
             return
         if self.seconds_left < LEAST_SECONDS:
-            self.record(name, {"skipped": "no time was left"})
+            self.record(name, {"skipped": NO_TIME})
             return
-        self.record(name, {"error": "the process ended in the middle of it"})
+        self.record(name, {"error": CUT_OFF})
         print(f"== {name}", flush=True)
         begun = time.perf_counter()
         try:
             figures = work() or {}
         except Exception as error:
             traceback.print_exc()
-            figures = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            figures = {"error": said(error)}
         figures["seconds"] = round(time.perf_counter() - begun, 3)
         print(json.dumps(figures), flush=True)
         self.record(name, figures)
@@ -91,12 +93,28 @@ def options(description: str) -> Options:
     parser.add_argument("--faiss", type=Path, help="folder with FAISS and its load.py")
     found = parser.parse_args(namespace=Options())
     if found.faiss is not None:
-        sys.path.insert(0, str(found.faiss))
-        __import__("load")
+        load_faiss(found)
     torch.manual_seed(0)
     if found.device.type == "cpu":
         torch.set_num_threads(1)
     return found
+
+
+def load_faiss(given: Options) -> None:
+    """Make FAISS importable from its folder, or say why not, and go on without the folder."""
+    before = list(sys.path)
+    sys.path.insert(0, str(given.faiss))
+    try:
+        __import__("load")
+    except (Exception, SystemExit) as error:  # whatever a file that was brought along may raise
+        traceback.print_exc()
+        sys.path[:], given.faiss = before, None
+        Results(given.results, given.seconds).record(FAISS, {"error": said(error)})
+
+
+def said(error: BaseException) -> str:
+    """An exception as a figure."""
+    return f"{type(error).__name__}: {error}"[:2000]
 
 
 def tidy() -> None:

@@ -121,9 +121,14 @@ def timed(
     found = measure(lambda: both_ways(model, input), given.device, **limits)
     found["us_a_step"] = round(1e3 * found["ms"] / sizes.steps, 3)
     found["peak_bytes"] = peak_bytes(given.device)
-    if isinstance(model, sparsemem.models.captured.Captured):
-        found["graphs"], found["failure"] = model.num_graphs, model.failure
-    return found
+    return found | graphs_of(model)
+
+
+def graphs_of(model: nn.Module) -> Figures:
+    """How many were captured, or why not: without them its figures are those of the model."""
+    if not isinstance(model, sparsemem.models.captured.Captured):
+        return {}
+    return {"graphs": model.num_graphs, "failure": model.failure}
 
 
 @contextmanager
@@ -156,7 +161,7 @@ def forward(given: Options, sizes: Sizes) -> Figures:
     """Forward alone, without gradients."""
     model, input = sparsemem.captured(sparse(given, sizes)), sequences(given, sizes)
     with torch.no_grad():
-        return measure(lambda: model(input), given.device)
+        return measure(lambda: model(input), given.device) | graphs_of(model)
 
 
 def training(given: Options, sizes: Sizes) -> Figures:
@@ -168,7 +173,7 @@ def training(given: Options, sizes: Sizes) -> Figures:
         both_ways(model, input)
         optimiser.step()
 
-    return measure(step, given.device)
+    return measure(step, given.device) | graphs_of(model)
 
 
 def agreement(given: Options, sizes: Sizes) -> Figures:
@@ -189,14 +194,21 @@ def agreement(given: Options, sizes: Sizes) -> Figures:
     for _ in range(2):
         found(fast)
     results = {"kernels": found(copy.deepcopy(model)), "captured": found(fast)}
-    return {
-        f"{name}_{part}": max(
-            float((ours - true).abs().max() / true.abs().max().clamp(min=1e-12))
-            for ours, true in zip(values[slices], truth[slices], strict=True)
-        )
+    differences = {
+        f"{name}_{part}": difference(values[slices], truth[slices])
         for name, values in results.items()
         for part, slices in (("output", slice(1)), ("gradients", slice(1, None)))
     }
+    return differences | graphs_of(fast)
+
+
+def difference(values: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest, by its tensor's largest value; NaN if one is, which Python's max could miss."""
+    parts = [
+        (ours - true).abs().max() / true.abs().max().clamp(min=1e-12)
+        for ours, true in zip(values, truth, strict=True)
+    ]
+    return float(torch.stack(parts).max())
 
 
 def kernels(given: Options, sizes: Sizes) -> Figures:
@@ -224,6 +236,7 @@ def kernels(given: Options, sizes: Sizes) -> Figures:
         "top": top[:20],
         "kernels": sum(entry["calls"] for entry in top),
         "busy_ms": round(sum(entry["us"] for entry in top) / 1e3, 4),
+        **graphs_of(model),
     }
 
 

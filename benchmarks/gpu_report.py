@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gpu_problems import DIFFERENCES, NO_TIME
+
 Figures = dict[str, Any]
 SHOWN_MESSAGE = 350  # characters of a failure
 GIB = 2**30
@@ -15,6 +17,7 @@ def markdown(report: Figures) -> str:
     lines = ["# scripts/gpu_check", ""]
     if report["settings"]["tiny"]:
         lines += ["Tiny sizes: this shows that the scripts run, and nothing about speed.", ""]
+    lines += ["## Problems", "", *(f"- {text}" for text in report["problems"] or ["none"]), ""]
     for name, part in report["parts"].items():
         lines += [
             f"## {name}",
@@ -22,7 +25,7 @@ def markdown(report: Figures) -> str:
             f"{part['measures']}: {part['status']}, {part['seconds']} s",
             "",
         ]
-        figures = {key: f for key, f in part["figures"].items() if "error" not in f}
+        figures = {key: f for key, f in part["figures"].items() if is_there(f)}
         show = SECTIONS.get(name, rest)
         try:
             lines += [*show(figures), ""]
@@ -33,6 +36,11 @@ def markdown(report: Figures) -> str:
                 lines += [f"- **{key} failed**: {figure['error'][:SHOWN_MESSAGE]}"]
         lines += [""]
     return "\n".join(lines)
+
+
+def is_there(figure: Figures) -> bool:
+    """Whether there is something to show: what could not be measured is among the problems."""
+    return "error" not in figure and figure.get("skipped") != NO_TIME
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
@@ -99,7 +107,8 @@ def models(figures: Figures) -> list[str]:
     header = ("pass", "ms", "quartiles", "us a step", "to SAM", "GiB", "")
     lines = table(header, rows)
     if "sam agreement" in figures:
-        found = {k: f"{v:.1e}" for k, v in figures["sam agreement"].items() if k != "seconds"}
+        figure = figures["sam agreement"]
+        found = {name: f"{figure[name]:.1e}" for name in DIFFERENCES}
         lines += ["", f"largest difference from the torch code, by largest value: {found}"]
     if "sam kernels" in figures:
         found = figures["sam kernels"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 PARTS = ("environment", "tests", "models", "banks", "ivf", "tuning")
 LONG = PARTS[1:]  # also with tiny sizes: seconds each, most of them to import torch
@@ -53,7 +54,9 @@ def test_parts_run_on_tiny_sizes(script, tmp_path, name):
     errors = {key: f["error"] for key, f in part["figures"].items() if "error" in f}
     assert not errors
     assert part["status"] == "done"
+    assert report["problems"] == []
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("gpu_check: problems:\nnone\n")
     assert part["figures"]
     assert f"## {name}" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / f"{name}.log").stat().st_size > 0
@@ -91,9 +94,13 @@ def run_part(benchmarks, tmp_path, monkeypatch):
     return run
 
 
-def test_a_part_that_breaks_goes_on_behind_what_broke_it(run_part):
+def problems_of(part):
     import gpu_check
 
+    return gpu_check.problems({"settings": {"device": "cpu"}, "parts": {"part": part}})
+
+
+def test_a_part_that_breaks_goes_on_behind_what_broke_it(run_part):
     found = run_part(BROKEN, 200)
     figures = found["figures"]
     assert found["status"] == "done"
@@ -102,7 +109,8 @@ def test_a_part_that_breaks_goes_on_behind_what_broke_it(run_part):
     assert "illegal memory access" in figures["third"]["error"]
     assert "ended in the middle" in figures["fourth"]["error"]
     assert figures["fifth"]["value"] == 5
-    assert not gpu_check.is_good(found)
+    begins = ["part: second: error: ", "part: third: error: ", "part: fourth: error: "]
+    assert [text[: len(b)] for text, b in zip(problems_of(found), begins, strict=True)] == begins
 
 
 def test_a_part_is_stopped_at_its_time(run_part, monkeypatch):
@@ -112,16 +120,116 @@ def test_a_part_is_stopped_at_its_time(run_part, monkeypatch):
     found = run_part("import time; time.sleep(60)", 1.5)
     assert found["status"].startswith("stopped after")
     assert found["seconds"] < 30
-    assert not gpu_check.is_good(found)
+    assert problems_of(found) == [f"part: {found['status']}"]
 
 
-def test_a_test_that_failed_is_not_good(benchmarks):
+@pytest.fixture
+def check(benchmarks, tmp_path, monkeypatch, capsys):
+    """All of gpu_check, of parts that take no time; what it gives back, reports and prints."""
     import gpu_check
 
-    part = {"status": "done", "figures": {"pytest": {"passed": 3, "failed": 1, "skipped": 0}}}
-    assert not gpu_check.is_good(part)
-    part["figures"]["pytest"]["failed"] = 0
-    assert gpu_check.is_good(part)
+    def run(run_part):
+        monkeypatch.setattr(gpu_check, "run_part", run_part)
+        line = ["gpu_check", "--device", "cpu", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*line, "--only", "environment", "--only", "tuning"])
+        status = gpu_check.main()
+        return status, json.loads((tmp_path / "gpu.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_problems_are_reported_printed_and_the_exit_status(check, tmp_path):
+    import gpu_check
+
+    figures = {"bank": {"64 read": {"failed": "KeyError: 1"}}}
+    done = check(lambda part, *_: gpu_check.reported(part, "done", 1.0, figures))
+    status, report, printed = done
+    expected = [f"{name}: bank: 64 read: failed: KeyError: 1" for name in ("environment", "tuning")]
+    assert status == 1
+    assert report["problems"] == expected
+    assert printed.endswith("\n".join(["gpu_check: problems:", *expected, ""]))
+    assert f"## Problems\n\n- {expected[0]}\n" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_problems_the_exit_status_is_0(check):
+    import gpu_check
+
+    done = check(lambda part, *_: gpu_check.reported(part, "done", 1.0, {"sam": {"graphs": 0}}))
+    status, report, printed = done
+    assert status == 0
+    assert report["problems"] == []
+    assert printed.endswith("gpu_check: problems:\nnone\n")
+
+
+def test_a_report_names_the_parts_that_are_not_begun(check, tmp_path):
+    import gpu_check
+
+    seen = []
+
+    def run_part(part, *_):
+        seen.append(json.loads((tmp_path / "gpu.json").read_text())["problems"])
+        return gpu_check.reported(part, "done")
+
+    assert check(run_part)[0] == 0
+    assert seen == [["environment: not begun", "tuning: not begun"], ["tuning: not begun"]]
+
+
+@pytest.fixture
+def broken_faiss(tmp_path):
+    """A folder for --faiss whose load.py raises after it has put the folder in front."""
+    folder = tmp_path / "faiss_folder"
+    folder.mkdir()
+    begin = "import sys\nsys.path.insert(0, '/nowhere')\n"
+    (folder / "load.py").write_text(begin + "raise OSError('libcublas.so.13: no such file')\n")
+    return folder
+
+
+def test_a_folder_without_a_working_faiss_costs_nothing_else(script, tmp_path, broken_faiss):
+    arguments = ("--device", "cpu", "--tiny", "--only", "environment", "--faiss", broken_faiss)
+    done = script(*arguments, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out/gpu.json").read_text())
+    part = report["parts"]["environment"]
+    assert part["status"] == "done"
+    assert {"versions", "device", "copy", "launches"} < set(part["figures"])
+    assert report["problems"] == ["faiss: error: OSError: libcublas.so.13: no such file"]
+    assert done.returncode == 1
+
+
+def test_a_part_goes_on_without_a_folder_that_has_no_working_faiss(
+    benchmarks, tmp_path, broken_faiss, monkeypatch
+):
+    import gpu_common
+    import gpu_tests
+
+    before, results = list(sys.path), tmp_path / "results.json"
+    line = ["part", "--device", "cpu", "--results", str(results), "--faiss", str(broken_faiss)]
+    monkeypatch.setattr(sys, "argv", line)
+    given = gpu_common.options("")
+    assert sys.path == before
+    assert given.faiss is None
+    assert "load" not in gpu_tests.command(["a test"], given, alone=True)
+    kept = gpu_common.Results(given.results, 10.0).figures
+    assert kept == {"faiss": {"error": "OSError: libcublas.so.13: no such file"}}
+
+
+def test_a_bank_that_ends_its_process_leaves_no_figures_that_look_whole(benchmarks, tmp_path):
+    import gpu_banks
+
+    class Ends(gpu_banks.Measured):
+        def search(self, queries):
+            raise KeyboardInterrupt  # as little handled as the end of the process
+
+    given = gpu_banks.Options(device=torch.device("cpu"), tiny=True)
+    results = gpu_banks.Results(tmp_path / "results.json", 60.0)
+    size = gpu_banks.Size("bank", 100, torch.float32)
+    measured = Ends(given, size, gpu_banks.Speed(None, None))
+    with pytest.raises(KeyboardInterrupt):
+        results.run("bank", lambda: measured.figures(results))
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["bank"]["16 read"]["ms"] > 0
+    assert problems_of({"status": "done", "figures": kept}) == [
+        "part: bank: stopped: the process ended in the middle of it"
+    ]
 
 
 TESTS = """
@@ -141,7 +249,9 @@ def test_each_test_is_reported_with_its_message(benchmarks, tmp_path):
 
     (tmp_path / "test_some.py").write_text(TESTS)
     given = gpu_tests.Options(tiny=True, faiss=None)
-    cases = gpu_tests.run([str(tmp_path / "test_some.py")], given, 60.0)
+    cases, collected, stopped = gpu_tests.run([str(tmp_path / "test_some.py")], given, 60.0)
+    assert collected == 3
+    assert stopped is None
     by_name = {name.split("::")[-1]: case for name, case in cases.items()}
     assert {name: case["kind"] for name, case in by_name.items()} == {
         "test_good": "passed",
@@ -150,6 +260,66 @@ def test_each_test_is_reported_with_its_message(benchmarks, tmp_path):
     }
     assert "one is not two" in by_name["test_bad"]["message"]
     assert by_name["test_left_out"]["message"] == "Skipped: needs more"
+
+
+ENDS = """
+import os, pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+def test_ends(): os._exit(9)
+def test_never_run(): pass
+"""
+
+
+@pytest.fixture
+def suite(benchmarks, tmp_path, monkeypatch):
+    """gpu_tests.suite of a file."""
+    import gpu_tests
+
+    def run(text, seconds=60.0, tiny=True):
+        (tmp_path / "test_some.py").write_text(text)
+        monkeypatch.setattr(gpu_tests, "files", lambda tiny: [str(tmp_path / "test_some.py")])
+        return gpu_tests.suite(gpu_tests.Options(tiny=tiny, faiss=None), seconds)
+
+    return run
+
+
+def test_a_suite_that_ends_half_way_is_a_problem(suite):
+    figures = suite(ENDS)
+    assert (figures["passed"], figures["failed"], figures["collected"]) == (1, 0, 3)
+    assert problems_of({"status": "done", "figures": {"pytest": figures}}) == [
+        "part: pytest: stopped: pytest ended with exit status 9",
+        "part: pytest: only 1 of 3 tests ended",
+    ]
+
+
+def test_a_suite_that_is_out_of_time_is_a_problem(suite, monkeypatch):
+    import gpu_tests
+
+    def out_of_time(line, timeout, env, **_):
+        case = {"name": "one", "kind": "passed", "message": "", "seconds": 1.0}
+        with open(env[gpu_tests.LINES], "w") as file:
+            file.write(json.dumps({"collected": 2}) + "\n" + json.dumps(case) + "\n")
+        raise subprocess.TimeoutExpired(line, timeout)
+
+    monkeypatch.setattr(gpu_tests.subprocess, "run", out_of_time)
+    figures = suite("", seconds=100.0)
+    assert problems_of({"status": "done", "figures": {"pytest": figures}}) == [
+        "part: pytest: stopped: pytest was stopped after 85 s",
+        "part: pytest: only 1 of 2 tests ended",
+    ]
+
+
+@pytest.mark.slow
+def test_tests_in_several_processes_are_counted_once(suite, monkeypatch):
+    import gpu_tests
+
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(gpu_tests, "WORKERS", 2)
+    figures = suite(TESTS, tiny=False)
+    counts = [figures[name] for name in ("passed", "failed", "skipped", "collected")]
+    assert counts == [1, 1, 1, 3]
+    assert figures["stopped"] is None
 
 
 def test_files_with_gpu_tests_are_found(benchmarks):
