@@ -17,6 +17,15 @@ FIRST_CAPACITY = 16_384  # a log that is full is tidied, which waits for the dev
 SCANNED_NUMBERS = 2**25  # bounds taken at once
 
 
+def buffer_bytes(num_rows: int, row_bytes: int, most: int = 0) -> int:
+    """Memory of the buffer of a table of so many rows, of so many bytes each.
+
+    most: entries that its log had to hold at once, but for those that later ones had replaced.
+    """
+    log = max(FIRST_CAPACITY, 2 * most)  # as much room again: see `_reserve`
+    return num_rows * torch.int32.itemsize + log * (torch.int64.itemsize + row_bytes)
+
+
 class DeviceBuffer:
     """Rows of a table that an index does not know as they are now.
 

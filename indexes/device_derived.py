@@ -26,7 +26,7 @@ from sparsemem.indexes.derivation import (
     Derivation,
     Setting,
 )
-from sparsemem.indexes.device_buffer import DeviceBuffer
+from sparsemem.indexes.device_buffer import DeviceBuffer, buffer_bytes
 from sparsemem.indexes.device_faiss import MOST, Engine
 from sparsemem.indexes.device_ranking import (
     Known,
@@ -35,7 +35,7 @@ from sparsemem.indexes.device_ranking import (
     rank,
     ranks,
 )
-from sparsemem.indexes.kinds import comparable
+from sparsemem.indexes.kinds import comparable, new_faiss_index
 from sparsemem.indexes.lists import LEAST, MEASURED, QUARTILES, SPANS
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.scoring import Scoring
@@ -43,6 +43,28 @@ from sparsemem.indexes.table import RowTable
 
 BUILD_CHUNK = 131_072  # rows added at once: a search beside has to wait for them
 MEASURED_NUMBERS = 2**24  # distances taken at once
+
+
+def entry_bytes(name: str, width: int, metric: Metric) -> int:
+    """Memory of an entry of an index in FAISS, about: its code and its label."""
+    return int(new_faiss_index(name, width, metric).sa_code_size()) + torch.int64.itemsize
+
+
+def label_bytes(num_rows: int, entries: int) -> int:
+    """Memory of the labels of an index that was built of so many rows and now has more entries."""
+    room = max(1, min(num_rows, BUILD_CHUNK))  # for what is added first
+    while room < entries:
+        room *= 2
+    return (num_rows + room) * torch.int64.itemsize
+
+
+def derived_bytes(num_rows: int, row_bytes: int, entry: int, entries: int, most: int = 0) -> int:
+    """Memory of a `DeviceDerived` of a table of so many rows, all live, without FAISS's temporary.
+
+    entry: see `entry_bytes`. entries: those of all rows, and stale ones. most: see `buffer_bytes`.
+    """
+    labels, buffer = label_bytes(num_rows, entries), buffer_bytes(num_rows, row_bytes, most)
+    return entries * entry + labels + buffer
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

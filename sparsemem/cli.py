@@ -156,8 +156,8 @@ def plan(
     """Predict what training a config takes: memory, disk, network, time. Nothing is trained.
 
     Memory is added up without allocating it; time comes from some short steps on this machine (a
-    few seconds). `train` refuses what cannot fit into this machine's memory. With --shards: memory
-    of each process, and what a step sends.
+    few seconds). `train` refuses what cannot fit into this machine's memory. For a GPU that is not
+    here, memory alone. With --shards: memory of each process, and what a step sends.
     """
     with _user_errors():
         spread = sharded.wanted(shards, workers)
@@ -166,7 +166,7 @@ def plan(
             return
         planned = plan_memory(load_config(config, set_ or []))
         found = planned.plan
-        if found.fits:
+        if found.fits and found.device_here:
             found = found.model_copy(update={"seconds": plan_seconds(planned)})
         typer.echo(found.model_dump_json(indent=2) if as_json else "\n".join(plan_lines(found)))
 

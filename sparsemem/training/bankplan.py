@@ -12,10 +12,15 @@ from torch import Tensor
 from sparsemem.bank.bank import MemoryBank
 from sparsemem.bank.manifest import Arguments
 from sparsemem.bank.shards import SHARD_ROWS, Layout
+from sparsemem.indexes.derivation import MOST_STRAYS
+from sparsemem.indexes.device_derived import derived_bytes, entry_bytes
+from sparsemem.indexes.device_faiss import TEMPORARY_BYTES, GpuEngine, is_served
 from sparsemem.indexes.factory import EXACT, PRODUCT_KEY
+from sparsemem.indexes.fresh import DEVICE_BUFFER_ROWS, DEVICE_EXACT_BELOW, FreshIndex
+from sparsemem.indexes.upkeep import LENIENT, STALE
 from sparsemem.optim.base import RowOptimizer
 from sparsemem.training.banks import make_bank
-from sparsemem.training.config import Config
+from sparsemem.training.config import Bank, Config
 from sparsemem.training.optimisers import make_row_optimiser
 
 FEW_ROWS = 1024  # that are made to see what a row takes; a square number, for product keys
@@ -28,10 +33,11 @@ class BankBytes(NamedTuple):
     """Bytes of a bank, once all of its rows have been read and stepped."""
 
     rows: int  # tables, and what is known of each row
-    derived: int  # the index
+    derived: int  # the index, where the rows are
     optimiser: int  # state of the row optimiser
     snapshot: int  # in a checkpoint
     saving: int  # beside all that, while a checkpoint is written
+    on_host: int = 0  # the index, where FAISS has it on the host and the rows are elsewhere
 
 
 class SubKeyBytes(NamedTuple):
@@ -44,10 +50,11 @@ class SubKeyBytes(NamedTuple):
 NOTHING = BankBytes(0, 0, 0, 0, 0)
 
 
-def bank_bytes(config: Config) -> BankBytes:
-    """What the bank of a config takes, if it has one; nothing of its size is made.
+def bank_bytes(config: Config, device: str = "cpu") -> BankBytes:
+    """What the bank of a config takes on a type of device, if it has one.
 
-    A FAISS index is counted as one of whole rows, and twice: it is trained anew beside the old one.
+    Nothing of its size is made. A FAISS index on the host is counted as one of whole rows, and
+    twice: it is trained anew beside the old one.
     """
     if config.bank is None:
         return NOTHING
@@ -55,9 +62,7 @@ def bank_bytes(config: Config) -> BankBytes:
     scale = config.bank.num_rows / few.num_rows
     of_rows = [*few.tables, *(column for column in few.book.buffers() if column.ndim)]
     state, _ = _state_bytes(config, few)
-    index = 0
-    if config.bank.index not in (EXACT, PRODUCT_KEY):
-        index = 2 * config.bank.num_rows * (4 * config.bank.width + INDEX_ROW_BYTES)
+    derived, on_host = _index_bytes(config.bank, few, device)
     layout = Layout.of(Arguments(**few.arguments))
     row = sum(
         ID_BYTES
@@ -69,11 +74,47 @@ def bank_bytes(config: Config) -> BankBytes:
     shard = 2 * min(config.bank.num_rows, SHARD_ROWS) * row
     return BankBytes(
         rows=int(_sum(of_rows) * scale) + sub_keys.keys,
-        derived=index,
+        derived=derived,
         optimiser=int(state * scale) + sub_keys.optimiser,
         snapshot=int(snapshot),
         saving=int(shard),
+        on_host=on_host,
     )
+
+
+def _index_bytes(bank: Bank, few: MemoryBank, device: str) -> tuple[int, int]:
+    """Bytes of a bank's index: where the rows are, and on the host where they are not."""
+    if bank.index in (EXACT, PRODUCT_KEY):
+        return 0, 0
+    on_host = 2 * bank.num_rows * (4 * bank.width + INDEX_ROW_BYTES)
+    if device == "cpu":
+        return on_host, 0
+    # On the GPU of another machine FAISS is taken to be there, too.
+    finds_gpu = GpuEngine.there() or not torch.cuda.is_available()
+    if device == "cuda" and finds_gpu and is_served(bank.index):
+        return _gpu_index_bytes(bank, few), 0
+    return 0, on_host
+
+
+def _gpu_index_bytes(bank: Bank, few: MemoryBank) -> int:
+    """Bytes of a FAISS index on a GPU, while others are trained beside lists that are worn.
+
+    As many of the worn lists' entries are stale as call for new ones. Beside both lists as many
+    rows stray and wait as may beside the worn ones; how many change while lists are trained depends
+    on the time that takes. What FAISS keeps free in its lists is not counted.
+    """
+    index, rows = few.index, bank.num_rows
+    assert isinstance(index, FreshIndex)
+    if rows < (bank.exact_below or max(DEVICE_EXACT_BELOW, index.exact_below)):
+        return 0  # all searches are scans
+    waiting = LENIENT * (bank.buffer_rows or DEVICE_BUFFER_ROWS)
+    most = min(rows, int(MOST_STRAYS * rows) + waiting)
+    entry = entry_bytes(bank.index, bank.width, index.metric)
+    held = sum(
+        derived_bytes(rows, bank.width * few.keys.element_size(), entry, entries, most)
+        for entries in (rows, rows + int(STALE * rows))
+    )
+    return held + 2 * TEMPORARY_BYTES + ID_BYTES * rows  # ids of live rows, while they are entered
 
 
 def sub_key_bytes(config: Config) -> SubKeyBytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from sparsemem.models.base import MemoryModel
 from sparsemem.models.registry import make_model
+from sparsemem.models.sam import SAMCell
 from sparsemem.tasks import Task
 from sparsemem.training.bankplan import PROBE_ROWS, BankBytes, bank_bytes, probe_bank
 from sparsemem.training.banks import check_bank_section, dense_parameters
@@ -24,10 +26,10 @@ from sparsemem.training.dryrun import (
     step_bytes,
 )
 from sparsemem.training.errors import ConfigError, section_errors
+from sparsemem.training.machine import Where, kib, machine_bytes, taken_bytes, where_of
 from sparsemem.training.optimisers import make_optimiser
 from sparsemem.training.setup import build_task, device_of, dtype_of, placed, resolve
 
-MEMORY_INFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 STATUS = Path("/proc/self/status")
 LOW_LEVELS = (64, 128)  # beyond them lengths are extrapolated: sequences may be longer than memory
 DRAWS, BATCHES = 32, 4
@@ -51,14 +53,15 @@ class Memory(BaseModel):
     `step` is what torch's profiler counts of tensors, parameters included; `process` what the
     process takes: Python and the libraries, and the most of `step`, an evaluation, and the copies
     that saving a checkpoint makes. All of it is on the device: for a GPU, the libraries are what is
-    taken there already, and the copies, which are on the host, are left out.
+    taken there already (0: the GPU is not here), and the copies, which are on the host, are left
+    out.
     """
 
     parameters: int
     gradients: int
     optimiser: int
     memory: int  # of the slots touched by sparse models, with the buffer of their gradient
-    bank: int = 0  # rows, what is known of each, and the index
+    bank: int = 0  # rows, what is known of each, and the index where it lies with them
     row_optimiser: int = 0  # state of what steps the rows
     activations: int
     graphs: int  # what CUDA graphs keep for themselves, beside what sequences take that run plainly
@@ -123,11 +126,13 @@ class Plan(BaseModel):
     network: Network
     longest_sequence: int
     machine_bytes: int | None
+    device_here: bool = True  # else there is nothing to compare memory with, nor to take times on
+    notes: tuple[str, ...] = ()  # on what the figures leave out
     seconds: Seconds | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the machine has that much memory at all."""
+        """Whether the machine has that much memory at all; True where that is not known."""
         return self.machine_bytes is None or self.memory.process <= self.machine_bytes
 
 
@@ -141,28 +146,37 @@ class Planned(NamedTuple):
 
 
 def plan_memory(config: Config) -> Planned:
-    """Plan everything but time. ConfigError where the config is wrong, or too large to add up."""
+    """Plan everything but time. ConfigError where the config is wrong, or too large to add up.
+
+    A GPU need not be here: what a sparse model takes is then found on the CPU.
+    """
     with torch.random.fork_rng(devices=[]):
         check_bank_section(config)
-        device = device_of(config)
+        where = where_of(config)
         task = build_task(config, config.training.batch_size)
         model = empty_model(config, task)
         config = resolve(config, task)
         lengths = lengths_of(config, task)
-        rows = bank_bytes(config)
+        rows = bank_bytes(config, where.device.type)
         memory, state = _memory(config, task, model, lengths, rows)
     plan = Plan(
         memory=memory,
         disk=_disk(config, memory.parameters + state + rows.optimiser, rows.snapshot),
         network=Network(),
         longest_sequence=lengths.longest,
-        machine_bytes=machine_bytes(device),
+        machine_bytes=machine_bytes(where.device) if where.here else None,
+        device_here=where.here,
+        notes=tuple(_notes(config, where, rows, is_sparse(model.cell))),
     )
     return Planned(config, task, lengths, plan)
 
 
 def check_fits(config: Config) -> None:
-    """ConfigError, with the sum, if the config cannot fit into the machine's memory."""
+    """ConfigError, with the sum, if the config cannot fit into the machine's memory.
+
+    Or if the machine does not have its device.
+    """
+    device_of(config)
     plan = plan_memory(config).plan
     if not plan.fits:
         assert plan.machine_bytes is not None
@@ -170,6 +184,25 @@ def check_fits(config: Config) -> None:
             f"the config does not fit in memory: a training step needs {plan.memory.sum()};"
             f" the process {show_bytes(plan.memory.process)}, the machine has"
             f" {show_bytes(plan.machine_bytes)}"
+        )
+
+
+def _notes(config: Config, where: Where, rows: BankBytes, sparse: bool) -> Iterator[str]:
+    """What the figures of a plan leave out."""
+    if not where.here:
+        yield (
+            f"{where.missing}: memory is not compared with the device's, and is without what the"
+            " libraries take there; time is not predicted"
+        )
+        if sparse:
+            yield f"model {config.model.name!r} was tried on the CPU: activations may differ"
+    name = "" if config.bank is None else config.bank.index
+    if rows.on_host:
+        yield f"index {name!r} is kept on the host: its {show_bytes(rows.on_host)} are not counted"
+    elif rows.derived and where.device.type == "cuda":
+        yield (
+            f"index {name!r} is counted without what FAISS keeps free in its lists on a GPU, and as"
+            " if a quarter of the rows, at most, changed while lists are trained"
         )
 
 
@@ -243,13 +276,14 @@ def _memory(
     sizes = StepSizes(training.batch_size, chunk, lengths.longest)
     found = _pass_bytes(config, task, model, sizes)
     evaluated = StepSizes(config.evaluation.batch_size, lengths.evaluation, lengths.evaluation)
-    device = device_of(config)
-    on_gpu = device.type == "cuda"
+    where = where_of(config)
+    on_gpu = where.device.type == "cuda"
     # The optimiser's temporaries come when the activations are gone.
     activations = int(max(found.rest - held, temporary - found.memory))
     of_bank = rows.rows + rows.derived
     kept = held + state + rows.optimiser
-    captured = on_gpu and training.capture == "auto" and chunk == lengths.longest
+    whole = config.bank is None and chunk == lengths.longest
+    captured = on_gpu and training.capture == "auto" and whole
     memory = Memory(
         parameters=held,
         gradients=held,
@@ -263,7 +297,7 @@ def _memory(
         evaluation=int(kept + of_bank + sum(_pass_bytes(config, task, model, evaluated, False))),
         # On the host all of it, a copy, and the file in memory, twice.
         saving=int((1 if on_gpu else 4) * kept + of_bank + rows.saving),
-        libraries=taken_bytes(device) if on_gpu else process_bytes(),
+        libraries=_library_bytes(where),
     )
     return memory, state
 
@@ -274,12 +308,14 @@ def _pass_bytes(
     """`step_bytes` of the config's model, or of a narrower one where that is sparse and wide."""
     if not is_sparse(model.cell):
         return step_bytes(model, sizes, training)
-    device, hidden = device_of(config), model.cell.hidden_size
+    where, hidden = where_of(config), model.cell.hidden_size
     held = sum(parameter.nbytes for parameter in dense_parameters(model)) if training else 0
 
     def beyond(width: int) -> StepBytes:
         """With a controller of a width, without gradients."""
-        probe = model_on(device, config, task, hidden_size=width)
+        probe = model_on(where.trial, config, task, hidden_size=width)
+        if where.device.type == "cuda" and isinstance(probe.cell, SAMCell):
+            probe.cell.index_after = None  # touched rows are scanned there
         gradients = sum(p.nbytes for p in dense_parameters(probe)) if training else 0
         found = step_bytes(probe, sizes, training)
         return found._replace(rest=found.rest - gradients)
@@ -318,31 +354,16 @@ def _disk(config: Config, tensors: int, snapshot: int) -> Disk:
 # The machine ---------------------------------------------------------------------------
 
 
-def machine_bytes(device: torch.device) -> int | None:
-    """Memory of a device (of the CPU: of the machine, or its control group); None: unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or not MEMORY_INFO.exists():
-        return None
-    total = _kib(MEMORY_INFO, "MemTotal")
-    limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-def taken_bytes(device: torch.device) -> int:
-    """What is in use of a GPU's memory, by whomever, but for this process's tensors."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
+def _library_bytes(where: Where) -> int:
+    """What is taken, before there is anything of the config; 0: the device is not here."""
+    if where.device.type != "cuda":
+        return process_bytes()
+    return taken_bytes(where.device) if where.here else 0
 
 
 def process_bytes() -> int:
     """What this process, with Python and the libraries, has in memory now."""
-    return _kib(STATUS, "VmRSS") if STATUS.exists() else 0
-
-
-def _kib(path: Path, name: str) -> int:
-    lines = path.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return kib(STATUS, "VmRSS") if STATUS.exists() else 0
 
 
 def show_bytes(value: int | float) -> str:
@@ -363,7 +384,7 @@ def lines(plan: Plan) -> list[str]:
         f"  training step  {memory.sum()} (sequences of up to {plan.longest_sequence} steps)",
         f"  evaluation     {show_bytes(memory.evaluation)}",
         f"  saving         {show_bytes(memory.saving)}",
-        f"  libraries      {show_bytes(memory.libraries)}",
+        f"  libraries      {show_bytes(memory.libraries) if plan.device_here else 'not known'}",
         f"disk      {show_bytes(disk.total)}: {disk.kept} checkpoints of"
         f" {show_bytes(disk.checkpoint)}, one being written, metrics",
         f"network   {plan.network.bytes_a_step} bytes a step, {plan.network.workers} worker",
@@ -373,4 +394,4 @@ def lines(plan: Plan) -> list[str]:
         found.append(
             f"time      {step * 1e3:.3g} ms a training step, {total / 60:.3g} minutes in all"
         )
-    return found
+    return found + [f"note      {note}" for note in plan.notes]

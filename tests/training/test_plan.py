@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparsemem.bench.measuring import tensor_peak
-from sparsemem.training import calibration, plan
+from sparsemem.training import calibration, machine
 from sparsemem.training.bankplan import bank_bytes
 from sparsemem.training.calibration import plan_seconds
 from sparsemem.training.config import make_config
@@ -90,13 +90,13 @@ def test_what_cannot_fit_is_refused_with_the_sum(tree):
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
-    whole = plan.machine_bytes(torch.device("cpu"))
+    whole = machine.machine_bytes(torch.device("cpu"))
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(plan, "CGROUP", limit)
+    monkeypatch.setattr(machine, "CGROUP", limit)
     limit.write_text("123456\n")
-    assert plan.machine_bytes(torch.device("cpu")) == 123456
+    assert machine.machine_bytes(torch.device("cpu")) == 123456
     limit.write_text("max\n")
-    assert plan.machine_bytes(torch.device("cpu")) == whole
+    assert machine.machine_bytes(torch.device("cpu")) == whole
 
 
 def test_planning_leaves_the_random_numbers_alone(tree):
