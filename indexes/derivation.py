@@ -73,6 +73,9 @@ class Derivation(ABC):
         """
         return 0
 
+    def noted(self) -> None:  # noqa: B027 (`Derived` counts what stays when it is settled)
+        """What was told until now has been taken account of: `settle` is not to return it."""
+
     def absorb(self, count: int) -> None:
         """Take the `count` rows that were changed longest ago into the index, but for strays."""
         self.finish(self.prepare(self.begin(count)))

@@ -43,8 +43,8 @@ class DeviceBuffer:
         device = table.rows.device
         self.count = self.strays = 0
         self.settled = 0  # rows in it when it was last tidy
-        self._replaced = 0  # entries, since that was last asked for
-        self.marked = 0  # rows so far, as often as they changed
+        self._replaced = 0  # entries, since that was last asked for; less, if some do not count
+        self.marked = 0  # entries so far, but for those that were settled
         self.version = 0  # of the entries' order
         # By row: one more than the place of its latest entry; 0: it has none.
         self.place = torch.zeros(table.num_rows, dtype=torch.int32, device=device)
@@ -85,12 +85,17 @@ class DeviceBuffer:
         again = self.place[self.ids[: self.count]] > places
         strays, replaced = torch.stack([(kept < self.strays).sum(), again.sum()]).tolist()
         self._keep(kept, strays)
-        self._replaced += replaced
+        self._replaced = max(0, self._replaced + replaced)
 
     def take_replaced(self) -> int:
         """How many entries were found to be replaced by a later one, since the last call."""
-        replaced, self._replaced = self._replaced, 0
+        replaced = max(0, self._replaced)
+        self._replaced -= replaced
         return replaced
+
+    def forget_replaced(self) -> None:
+        """Do not count what replaces entries that are here now: as many as it can be at most."""
+        self._replaced = self.settled - self.count
 
     def counts(self) -> tuple[int, int]:
         """Rows that are here, exactly, and how many of them are strays. Waits for the device."""

@@ -226,6 +226,10 @@ class DeviceDerived(Derivation):
             self.buffer.tidy()
         return self.buffer.take_replaced()
 
+    def noted(self) -> None:
+        """What was told until now is not `settle`'s to count."""
+        self.buffer.forget_replaced()
+
     @in_order
     def buffered(self) -> tuple[int, int]:
         """Rows in the buffer, exactly, and how many of them are strays. Waits for the device."""

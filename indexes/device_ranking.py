@@ -1,6 +1,6 @@
 """What an index on a GPU proposes, scored and ranked by one kernel; its buffer, scanned in place.
 
-In torch's operations a search of a derived index is some 90 launches, which take the host twenty
+In torch's operations a search of a derived index is some 100 launches, which take the host twenty
 times as long as FAISS's search takes. `DeviceDerived` and `DeviceBuffer` say in those operations
 what is meant; here it is a kernel for the proposals, one for which buffered rows are current, and
 the two of `device_scan` for the best of them. Scores are computed as that search computes them, to

@@ -56,6 +56,19 @@ def buffered_rows(beside, number, besides, entries):
     return tl.load(entries + entry, mask=there, other=0), there
 
 
+@kernel
+def stored(scores, ids, keys, k, least, KEPT: tl.constexpr, SIGN: tl.constexpr):
+    """Write what k keys hold, the greatest first; the key that is `least`-th of them."""
+    last = tl.max(tl.full([KEPT], NOTHING, tl.int64), 0)
+    for place in range(k):
+        key = tl.max(keys, 0)
+        tl.store(ids + place, numbers_of(key))
+        tl.store(scores + place, worth_of(key) * SIGN)
+        last = tl.where(place == least - 1, key, last)
+        keys = tl.where(keys == key, NOTHING, keys)
+    return last
+
+
 @kernel(do_not_specialize=["wanted", "besides", "k", "least"])
 def rank_proposals(
     rows, live, queries, proposed_scores, labels, row_of, label_of, place, entries, beside,
@@ -97,19 +110,12 @@ def rank_proposals(
         found = keys_of(worth, row)
         kept, worst_kept = with_better(kept, worst_kept, found)
     kept = tl.where((slot < k) & (kept > ROWS_FROM), kept, NOTHING)
-    last = tl.max(tl.full([KEPT], NOTHING, tl.int64), 0)
-    for place_of_key in range(k):
-        key = tl.max(kept, 0)
-        tl.store(ids + query * k + place_of_key, numbers_of(key))
-        tl.store(scores + query * k + place_of_key, worth_of(key) * SIGN)
-        last = tl.where(place_of_key == least - 1, key, last)
-        kept = tl.where(kept == key, NOTHING, kept)
-    lacks = last == NOTHING
+    last = stored(scores + query * k, ids + query * k, kept, k, least, KEPT, SIGN)
+    lacks = (last == NOTHING) | ((beyond >= worth_of(last)) & (beyond > float("-inf")))
     if not ALL:
         end = query * wanted + wanted - 1
         hidden = (num_valid < least) & (tl.load(labels + end) >= 0)
         lacks = lacks | (hidden & (tl.load(proposed_scores + end) * SIGN > worth_of(last)))
-    lacks = lacks | ((beyond >= worth_of(last)) & (beyond > float("-inf")))
     tl.store(unsure + query, lacks.to(tl.uint8))
 
 

@@ -38,7 +38,7 @@ def use_triton(tensor: Tensor) -> bool:
         return has_triton()
     if chosen != "triton" or tensor.device.type != "cpu":
         return False
-    if not has_triton():
+    if find_spec("triton") is None:
         raise RuntimeError(f"{SWITCH} is 'triton', expected Triton to be installed")
     if not interprets():
         raise RuntimeError(

@@ -94,7 +94,8 @@ class Upkeep:
             self._guarded("absorb", lambda: self._lend_a_hand(current, count, limit))
         if self._worker is None:
             self._guarded("check", self._check_if_due)
-            self._guarded("rebuild", self._rebuild_if_due)
+            if self._rebuild_due():
+                self._guarded("rebuild", self._build)
         elif self._absorb_due() or self._check_now() or self._build_now():
             self._worker.wake()
 
@@ -176,6 +177,7 @@ class Upkeep:
         settled = current.settle()
         self._changes = max(0, self._changes - settled)
         current.buffer.marked -= settled
+        self._watched_at = min(self._watched_at, current.buffer.marked)
 
     def _lend_a_hand(self, current: Derivation, count: int, limit: int) -> None:
         current.tidy()
@@ -251,6 +253,7 @@ class Upkeep:
         if derived is None or not self._check_due():
             return
         self._changes, self._checked_queries, alarms = 0, index.sample.seen, self._watch.alarms
+        derived.noted()
         self._imbalance = derived.imbalance()
         if not len(sample.queries):
             return
@@ -328,10 +331,6 @@ class Upkeep:
         busy = self._builder is not None and self._builder.is_alive()
         return not busy and self._rebuild_due()
 
-    def _rebuild_if_due(self) -> None:
-        if self._rebuild_due():
-            self._build()
-
     def _build_aside(self) -> None:
         stand_back(BUILDER_NICE)
         assert self._worker is not None
@@ -354,6 +353,7 @@ class Upkeep:
                     self._choose(derived)
                     self._shorten(derived)
                 with index.table.lock.write():
+                    derived.noted()
                     index.current, self._built_rows = index.next, built_rows
             finally:
                 index.next = None

@@ -50,8 +50,8 @@ class SubKeyBytes(NamedTuple):
 NOTHING = BankBytes(0, 0, 0, 0, 0)
 
 
-def bank_bytes(config: Config, device: str = "cpu") -> BankBytes:
-    """What the bank of a config takes on a type of device, if it has one.
+def bank_bytes(config: Config, device: str = "cpu", here: bool = True) -> BankBytes:
+    """What the bank of a config takes on a type of device, which may be elsewhere, if it has one.
 
     Nothing of its size is made. A FAISS index on the host is counted as one of whole rows, and
     twice: it is trained anew beside the old one.
@@ -62,7 +62,7 @@ def bank_bytes(config: Config, device: str = "cpu") -> BankBytes:
     scale = config.bank.num_rows / few.num_rows
     of_rows = [*few.tables, *(column for column in few.book.buffers() if column.ndim)]
     state, _ = _state_bytes(config, few)
-    derived, on_host = _index_bytes(config.bank, few, device)
+    derived, on_host = _index_bytes(config.bank, few, device, here)
     layout = Layout.of(Arguments(**few.arguments))
     row = sum(
         ID_BYTES
@@ -82,15 +82,14 @@ def bank_bytes(config: Config, device: str = "cpu") -> BankBytes:
     )
 
 
-def _index_bytes(bank: Bank, few: MemoryBank, device: str) -> tuple[int, int]:
+def _index_bytes(bank: Bank, few: MemoryBank, device: str, here: bool) -> tuple[int, int]:
     """Bytes of a bank's index: where the rows are, and on the host where they are not."""
     if bank.index in (EXACT, PRODUCT_KEY):
         return 0, 0
     on_host = 2 * bank.num_rows * (4 * bank.width + INDEX_ROW_BYTES)
     if device == "cpu":
         return on_host, 0
-    # On the GPU of another machine FAISS is taken to be there, too.
-    finds_gpu = GpuEngine.there() or not torch.cuda.is_available()
+    finds_gpu = GpuEngine.there() or not here  # where a GPU is, FAISS is taken to be there, too
     if device == "cuda" and finds_gpu and is_served(bank.index):
         return _gpu_index_bytes(bank, few), 0
     return 0, on_host

@@ -157,7 +157,7 @@ def plan_memory(config: Config) -> Planned:
         model = empty_model(config, task)
         config = resolve(config, task)
         lengths = lengths_of(config, task)
-        rows = bank_bytes(config, where.device.type)
+        rows = bank_bytes(config, where.device.type, where.here)
         memory, state = _memory(config, task, model, lengths, rows)
     plan = Plan(
         memory=memory,

@@ -133,16 +133,13 @@ def test_half_precision_is_as_on_the_cpu(triton_device, reference):
         torch.testing.assert_close(one, other, **near)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "metric"),
-    [(torch.float32, "cosine"), (torch.bfloat16, "ip"), (torch.float32, "l2")],
-)
-def test_a_training_step_waits_for_two_checks(triton_device, dtype, metric):
-    bank = filled(triton_device, dtype=dtype, metric=metric)
-    optimiser = RowAdam(bank.parameters())
-    queries = torch.randn(5, W).to(triton_device).requires_grad_()
-    counts = []
-    for _ in range(2):  # kernels are compiled, and state made, in the first one
+def waits_of_steps(bank, queries) -> tuple[int, int, int]:
+    """Waits of a read, its backward pass, and clipping and stepping: of the second training step.
+
+    Kernels are compiled, and state made, in the first one.
+    """
+    optimiser = RowAdam(bank.parameters(), lr=0.1)
+    for _ in range(2):
         with waits_for(bank) as read:
             hit = bank.read(queries, 4)
             loss = (hit.values.sum(-1) * hit.scores).sum()
@@ -152,8 +149,17 @@ def test_a_training_step_waits_for_two_checks(triton_device, dtype, metric):
             clip_grad_norm(bank.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
-        counts.append((len(read), len(backward), len(step)))
-    assert counts[-1] == (1, 0, 1)
+    return len(read), len(backward), len(step)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "metric"),
+    [(torch.float32, "cosine"), (torch.bfloat16, "ip"), (torch.float32, "l2")],
+)
+def test_a_training_step_waits_for_two_checks(triton_device, dtype, metric):
+    bank = filled(triton_device, dtype=dtype, metric=metric)
+    queries = torch.randn(5, W).to(triton_device).requires_grad_()
+    assert waits_of_steps(bank, queries) == (1, 0, 1)
 
 
 def test_behind_faiss_a_training_step_waits_once_more(triton_device):
@@ -164,20 +170,8 @@ def test_behind_faiss_a_training_step_waits_once_more(triton_device):
         options = {"index": "IVF2,Flat", "background": False, "exact_below": 1}
         bank = filled(triton_device, **options)
     assert bank.index.current is not None
-    optimiser = RowAdam(bank.parameters(), lr=0.1)
     queries = torch.randn(5, W).to(triton_device).requires_grad_()
-    counts = []
-    for _ in range(2):
-        with waits_for(bank) as read:
-            hit = bank.read(queries, 4)
-            loss = (hit.values.sum(-1) * hit.scores).sum()
-        with waits_for(bank) as backward:
-            loss.backward()
-        with waits_for(bank) as step:
-            optimiser.step()
-            optimiser.zero_grad()
-        counts.append((len(read), len(backward), len(step)))
-    assert counts[-1] == (2, 0, 1)
+    assert waits_of_steps(bank, queries) == (2, 0, 1)
     rows = bank.keys.detach()[:3]
     assert bank.read(rows, 1).ids.flatten().tolist() == [0, 1, 2]  # found where they went
 

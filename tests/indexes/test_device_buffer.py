@@ -160,3 +160,15 @@ def test_entries_that_later_ones_replaced_are_counted_once():
     buffer.tidy()
     assert buffer.ids[: buffer.count].tolist() == [3, 2, 1]
     assert buffer.take_replaced() == 3
+
+
+def test_what_replaces_entries_that_were_here_at_a_check_is_not_counted_after_it():
+    buffer = make()
+    buffer.mark(torch.tensor([1, 2, 3, 1]))
+    buffer.forget_replaced()
+    buffer.mark(torch.tensor([2, 3, 4, 4, 5, 5]))  # 2 and 3 were there
+    buffer.tidy()
+    assert 0 <= buffer.take_replaced() <= 4  # of six entries 4 and 5 alone are new here
+    buffer.mark(torch.tensor([4, 4, 5]))
+    buffer.tidy()
+    assert buffer.take_replaced() == 3

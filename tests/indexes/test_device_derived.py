@@ -160,6 +160,26 @@ def test_rows_that_are_told_again_and_again_call_for_few_checks(device, monkeypa
     assert len(checks) == 2
 
 
+def test_rows_told_again_during_a_build_are_not_settled_twice(device, monkeypatch):
+    monkeypatch.setattr("sparsemem.indexes.upkeep.CHECK_ROWS", 10**6)
+    index = make(device, rows=clustered(3000), min_recall=0.9)
+    told, real = ids_of(0, 10, device).repeat(20), DeviceDerived.build
+
+    def slow(self, stopped):
+        real(self, stopped)
+        index.changed(told)  # the old index knows of it, too
+
+    monkeypatch.setattr(DeviceDerived, "build", slow)
+    index.rebuild()
+    before = index.upkeep._changes
+    assert before >= 200
+    current = index.current
+    current.tidy()
+    index.upkeep._settle_rows(current)
+    assert index.upkeep._changes == before
+    assert index.upkeep._watched_at <= current.buffer.marked
+
+
 class Interrupted:
     """A FAISS index that runs out of memory when half of what it is to add is in."""
 

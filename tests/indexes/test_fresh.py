@@ -147,7 +147,7 @@ def test_rows_far_from_all_lists_stay_until_the_lists_are_trained_anew():
 
 def test_too_many_far_rows_are_absorbed_and_call_for_new_lists(monkeypatch):
     index = make("IVF64,Flat", tight(N, 1), buffer_rows=8, min_recall=None)
-    monkeypatch.setattr(index.upkeep, "_rebuild_if_due", lambda: None)
+    monkeypatch.setattr(index.upkeep, "_build", lambda: None)
     far = torch.randn(250, W, generator=torch.Generator().manual_seed(1))
     for start in range(0, 250, 10):
         index.update(torch.arange(start, start + 10), far[start : start + 10])

@@ -53,9 +53,9 @@ def test_that_there_is_no_triton_for_a_gpu_is_said(monkeypatch):
         assert not triton_switch.has_triton.__wrapped__()
 
 
-def test_what_is_not_there_cannot_be_asked_for(installed, monkeypatch):
+def test_what_is_not_there_cannot_be_asked_for(monkeypatch):
     monkeypatch.setenv(SWITCH, "triton")
-    installed(False)
+    monkeypatch.setattr(triton_switch, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="is 'triton', expected Triton to be installed"):
         use_triton(CPU)
 

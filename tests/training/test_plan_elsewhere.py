@@ -56,7 +56,7 @@ def with_bank(tree, **bank):
 
 
 def derived(tree, **bank) -> int:
-    return bank_bytes(with_bank(tree, **bank), "cuda").derived
+    return bank_bytes(with_bank(tree, **bank), "cuda", here=False).derived
 
 
 def labels(rows, *room):
@@ -204,7 +204,7 @@ def test_an_index_that_a_gpu_does_not_know_is_on_the_host(banked):
     banked["bank"]["index"] = "HNSW32"
     memory, rows = planned(banked, GPU).memory, bank_bytes(make_config(banked))
     assert memory.bank == rows.rows
-    there = bank_bytes(make_config(banked), "cuda")
+    there = bank_bytes(make_config(banked), "cuda", here=False)
     assert (there.derived, there.on_host) == (0, rows.derived)
     assert (rows.derived > 0, rows.on_host) == (True, 0)
     notes = planned(banked, GPU).notes
@@ -219,11 +219,10 @@ def test_what_faiss_keeps_free_is_said_not_to_be_counted(banked):
     assert planned(banked).notes == ()
 
 
-@pytest.mark.parametrize(("cuda", "faiss", "on_gpu"), [(1, 0, 0), (1, 1, 1), (0, 0, 1)])
-def test_faiss_without_gpus_has_the_index_on_the_host(banked, monkeypatch, cuda, faiss, on_gpu):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+@pytest.mark.parametrize(("here", "faiss", "on_gpu"), [(1, 0, 0), (1, 1, 1), (0, 0, 1)])
+def test_faiss_without_gpus_has_the_index_on_the_host(banked, monkeypatch, here, faiss, on_gpu):
     monkeypatch.setattr(GpuEngine, "there", lambda: bool(faiss))
-    found = bank_bytes(with_bank(banked), "cuda")
+    found = bank_bytes(with_bank(banked), "cuda", here=bool(here))
     assert (found.derived > 0, found.on_host > 0) == (bool(on_gpu), not on_gpu)
 
 
