@@ -28,7 +28,7 @@ def comparable_queries(queries, made, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
                        SCALED: tl.constexpr):  # fmt: skip
     """`kinds.comparable` of a query, in float32."""
     w = tl.arange(0, COLUMNS)
-    place = tl.program_id(0) * WIDTH + w
+    place = tl.program_id(0).to(tl.int64) * WIDTH + w
     query = tl.load(queries + place, mask=w < WIDTH, other=0.0)
     if SCALED:
         query = query * tl.rsqrt(tl.sum(query * query, 0) + EPSILON)
@@ -84,7 +84,7 @@ def rank_proposals(
     `least` of those were valid (`ALL`: there are no others); or rows of the buffer, which are worth
     no more than the last that is given.
     """
-    query = tl.program_id(0)
+    query = tl.program_id(0).to(tl.int64)  # times 2,048 proposals: may exceed 32 bits
     slot = tl.arange(0, KEPT)
     own = queries + query * WIDTH
     _, length = scale_and_length(own, own, WIDTH, PART, PARTS, False)
