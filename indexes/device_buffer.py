@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsemem.indexes.base import MISSING
-from sparsemem.indexes.device_ranking import BEYOND, Entries, current_entries
+from sparsemem.indexes.device_ranking import Entries, current_entries
 from sparsemem.indexes.device_scan import device_scan
 from sparsemem.indexes.exact import SPARE, likely_bounds
 from sparsemem.indexes.metrics import Metric
@@ -80,10 +80,9 @@ class DeviceBuffer:
 
     def tidy(self) -> None:
         """Keep every row's latest entry alone. Waits for the device, twice."""
-        kept = self._latest(self.count).nonzero().squeeze(1)
-        places = torch.arange(1, self.count + 1, dtype=torch.int32, device=kept.device)
-        again = self.place[self.ids[: self.count]] > places
-        strays, replaced = torch.stack([(kept < self.strays).sum(), again.sum()]).tolist()
+        later = self._later()
+        kept = self._latest(later).nonzero().squeeze(1)
+        strays, replaced = torch.stack([(kept < self.strays).sum(), (later > 0).sum()]).tolist()
         self._keep(kept, strays)
         self._replaced = max(0, self._replaced + replaced)
 
@@ -99,7 +98,7 @@ class DeviceBuffer:
 
     def counts(self) -> tuple[int, int]:
         """Rows that are here, exactly, and how many of them are strays. Waits for the device."""
-        latest = self._latest(self.count)
+        latest = self._latest()
         rows, strays = torch.stack([latest.sum(), latest[: self.strays].sum()]).tolist()
         return rows, strays
 
@@ -114,7 +113,7 @@ class DeviceBuffer:
 
     def rest(self, ids: Int[Tensor, " n"]) -> None:
         """Rows that wait need not be looked at again until they change."""
-        latest = self._latest(self.count)
+        latest = self._latest()
         stays = torch.zeros_like(latest)
         stays[: self.strays] = True
         stays[self.place[ids].long() - 1] = True
@@ -132,7 +131,7 @@ class DeviceBuffer:
         if not self.count:
             ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
             return ids, queries.new_full((len(queries),), -torch.inf)
-        latest, rows = self._latest(self.count), self._rows[: self.count].to(self.table.dtype)
+        latest, rows = self._latest(), self._rows[: self.count].to(self.table.dtype)
         tops = []
         for some in torch.split(queries, max(1, SCANNED_NUMBERS // self.count)):
             bounds, certain = likely_bounds(metric, some, rows)
@@ -149,17 +148,22 @@ class DeviceBuffer:
             return torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         current = current_entries(self.ids, self.place, self.table.live, self.count)
         entries = Entries(self._rows, current, self.count)
-        return device_scan(entries, metric, queries, k + BEYOND).ids
+        return device_scan(entries, metric, queries, k + SPARE).ids
 
     def num_bytes(self) -> int:
         """Memory of the entries and of the places."""
         return int(self._rows.nbytes + self.ids.nbytes + self.place.nbytes)
 
-    def _latest(self, count: int) -> Bool[Tensor, " n"]:
-        """Which of the first entries are the latest of a live row."""
-        ids = self.ids[:count]
-        places = torch.arange(1, count + 1, dtype=torch.int32, device=ids.device)
-        return (self.place[ids] == places) & self.table.is_live(ids)
+    def _later(self) -> Int[Tensor, " n"]:
+        """How many places behind each entry its row's latest is; negative: the row has left."""
+        ids = self.ids[: self.count]
+        own = torch.arange(1, self.count + 1, dtype=torch.int32, device=ids.device)
+        return self.place[ids] - own
+
+    def _latest(self, later: Int[Tensor, " n"] | None = None) -> Bool[Tensor, " n"]:
+        """Which entries are the latest of a live row. later: `_later`, where that is known."""
+        later = self._later() if later is None else later
+        return (later == 0) & self.table.is_live(self.ids[: self.count])
 
     def _keep(self, order: Int[Tensor, " n"], strays: int) -> None:
         """Keep these entries, in this order."""

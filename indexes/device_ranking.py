@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsemem.indexes.base import Found
 from sparsemem.indexes.device_scan import fits, pass_of, power_of_two, shape_of
+from sparsemem.indexes.exact import SPARE
 from sparsemem.indexes.launching import launch
 from sparsemem.indexes.metrics import Metric
 from sparsemem.indexes.table import RowTable
@@ -26,7 +27,6 @@ from sparsemem.indexes.triton_switch import use_triton
 # an exact search, as fewer of the numbers that lie together are a thread's.
 CHUNK = 64
 BLOCK = 256  # entries of a buffer looked at by a program
-BEYOND = 8  # entries of the buffer beyond k that are ranked: what is worth less is known then
 
 
 class Proposals(NamedTuple):
@@ -54,8 +54,8 @@ class Entries(RowTable):
 
 
 def ranks(table: RowTable, k: int) -> bool:
-    """Whether the kernels rank rows of a table."""
-    return use_triton(table.rows) and fits(table, k + BEYOND)
+    """Whether the kernels rank rows of a table, and those of its buffer."""
+    return use_triton(table.rows) and fits(table, k + SPARE)
 
 
 def comparable_queries(queries: Float[Tensor, "Q W"], metric: Metric) -> Float[Tensor, "Q W"]:
