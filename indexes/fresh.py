@@ -71,9 +71,7 @@ class FreshIndex(Index):
         self.name = name
         self.min_recall = None if min_recall is None else check_fraction("min_recall", min_recall)
         self.engine = engine_for(name, table.rows.device)  # None: on the host
-        self.takes_repeats = (
-            self.engine is not None
-        )  # to leave them out would be a wait for the GPU
+        self.takes_repeats = self.engine is not None  # to leave them out is to wait for it
         if buffer_rows is None:
             buffer_rows = BUFFER_ROWS if self.engine is None else DEVICE_BUFFER_ROWS
         self.buffer_rows = check_size("buffer_rows", buffer_rows)
